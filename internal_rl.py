@@ -40,7 +40,7 @@ Run it
 What differs from the paper is marked where it happens: grep "differs from the paper".
 """
 import argparse
-import contextlib
+import copy
 import json
 import math
 import os
@@ -86,14 +86,14 @@ class Settings:
     pretrain_steps: int = setting(8000, "pretrain", "base model: training steps")
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step")
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate")
-    weight_decay: float = setting(0.1, "pretrain", "base model: AdamW weight decay")
+    weight_decay: float = setting(0.03, "pretrain", "AdamW weight decay (all supervised stages)")
     cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2% (all supervised stages)")
-    next_obs: float = setting(0.0, "pretrain", "λ, weight of the next-observation loss")
+    next_obs: float = setting(0.01, "pretrain", "λ, weight of the next-observation loss")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
     probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps")
-    steer_lr: float = setting(3e-3, "steer", "labelled controllers: learning rate")
+    steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate")
     post_task: str = setting("0-1-2-3", "steer", "post-training task, made of withheld transitions only")
     rank: int = setting(16, "steer", "rank of a linear controller U")
     n_z: int = setting(8, "discover", "size of a controller code z")
@@ -121,8 +121,14 @@ class Settings:
 
 PRESETS = {
     "quick": {},
-    "tiny": {},
-    "paper": {},
+    "tiny": dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, discover_steps=64,
+                 discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128),
+    # The paper's sizes and schedules (Tables A1, A4, A7, A9, A13, A16).
+    "paper": dict(size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", view="absolute", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
+                  width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, weight_decay=0.03,
+                  cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
+                  discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
+                  rl_lr=3e-5, raw_lr=3e-5, policy_width=256),
 }
 
 # ========================================================================================================== expert data
@@ -341,10 +347,13 @@ class Metacontroller(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(width + config.n_h + config.n_s, 64), nn.ReLU(), nn.Linear(64, 2 * config.n_z))
         self.switch_in, self.switch_z = nn.Linear(width + config.n_h, 64), nn.Linear(config.n_z, 64, bias=False)
         self.switch_out = nn.Linear(64, 1)
-        self.hypernetwork = nn.Sequential(nn.Linear(config.n_z, 32), nn.ReLU(), nn.Linear(32, 2 * config.rank * width))
+        # f_hyp: an MLP from z to the matrices A(z) and B(z), its last layer's weights (and, as row J, its bias) kept as tensors.
+        self.hyper = nn.Sequential(nn.Linear(config.n_z, 32), nn.ReLU())
+        self.read = nn.Parameter(torch.empty(33, config.rank, width).uniform_(-1, 1) / math.sqrt(32))  # [J+1, R, C]
+        self.write = nn.Parameter(torch.empty(33, config.rank, width).uniform_(-1, 1) / math.sqrt(32))
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
-            self.hypernetwork[-1].bias.view(2, -1)[0].normal_()  # A reads e at unit scale whatever z is, so that B(z) learns at once
+            self.read[-1].normal_()  # A reads e at unit scale whatever z is, so that B(z) can learn at once
 
     def switch(self, features, z):
         """β_t = f_switch(e_t, h_{t−1}, z_{t−1})  (Eq. 16). features = switch_in([e_t, h_{t−1}]) [B, 64], z [B, Z] → [B]"""
@@ -369,10 +378,18 @@ class Metacontroller(nn.Module):
             z.append(integrate(beta[-1], proposal[:, t], z[-1]))
         return torch.stack(z, 1), torch.stack(beta, 1), mu, log_sigma
 
+    def matrices(self, z):
+        """A(z), B(z) = f_hyp(z)  (Eq. 18): z [..., Z] → two of [..., R, C]"""
+        hidden = F.pad(self.hyper(z), (0, 1), value=1)  # [..., J+1]
+        return tuple((hidden @ weight.flatten(1)).unflatten(-1, weight.shape[1:]) for weight in (self.read, self.write))
+
     def control(self, e, z):
-        """ê_t = e_t + U_t e_t with U_t = f_hyp(z_t)  (Eq. 11, 18): e [..., C], z [..., Z] → [..., C]"""
-        a, b = self.hypernetwork(z).unflatten(-1, (2, self.rank, -1)).unbind(-3)  # [..., R, C] each
-        return low_rank_control(e, a, b)
+        """ê_t = e_t + U_t e_t (Eq. 11), e [..., C], z [..., Z] → [..., C]: low_rank_control(e, *matrices(z)) in another order of
+        the sums, so that no matrix is built for any single step."""
+        hidden = F.pad(self.hyper(z), (0, 1), value=1).unsqueeze(-1)  # [..., J+1, 1]
+        read = (e @ self.read.flatten(0, 1).T).unflatten(-1, self.read.shape[:2]) / math.sqrt(e.shape[-1])  # [..., J+1, R]
+        read = (hidden * read).sum(-2, keepdim=True)  # A e/√C: [..., 1, R]
+        return e + (hidden * read).flatten(-2) @ self.write.flatten(0, 1)
 
 
 def discovery_loss(config, base, meta, batch, alpha, generator):
@@ -620,3 +637,658 @@ def held_codes(config, base, meta, codes, layouts, generator):
     episodes = play(config, base, repeated, [0], generator, control)
     first = episodes.first.view(len(codes), -1) % (config.colours + 1)  # −1 → O
     return F.one_hot(first, config.colours + 1).sum(1)
+
+# ================================================================================================================== stages
+
+class Run:
+    """One run's folder, device and settings: config.json, metrics.jsonl, a checkpoint a stage, figures."""
+
+    def __init__(self, config, folder, device):
+        self.config, self.folder, self.device, self.stop = config, Path(folder), device, None
+
+    def generator(self, stage, purpose=0):
+        """Training data and noise of one stage; evaluation uses seeds below 10,000, which no stage ever has."""
+        number = 10_000 * (self.config.seed + 1) + 10 * list(STAGES).index(stage) + purpose
+        return torch.Generator(self.device).manual_seed(number)
+
+    def evaluation_generator(self, number=1):
+        return torch.Generator(self.device).manual_seed(number)
+
+    def path(self, stage):
+        return self.folder / f"{stage}.pt"
+
+    def log(self, **line):
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self):
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def rewind_log(self, stage, step):
+        """Forgets what `stage` wrote after `step`: it will be written again."""
+        kept = [line for line in self.metrics() if line["stage"] != stage or line["step"] <= step]
+        temporary = self.folder / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.folder / "metrics.jsonl")
+
+    def save(self, stage, **content):
+        temporary = self.path(stage).with_suffix(".tmp")
+        torch.save({"config": asdict(self.config), **content}, temporary)
+        os.replace(temporary, self.path(stage))
+
+    def load(self, stage):
+        """The checkpoint of `stage`, or None. Refuses (exit 2) a damaged one and one made with other settings."""
+        path = self.path(stage)
+        if not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            theirs = saved["config"]
+        except Exception as error:  # torch raises many kinds for a damaged file
+            refuse(f"{path} cannot be read ({type(error).__name__}); delete it to train this stage again")
+        needed = {stage, *STAGES[stage]}
+        for setting in fields(Settings):
+            mine = getattr(self.config, setting.name)
+            if setting.metadata["stage"] in needed and theirs.get(setting.name) != mine:
+                refuse(f"{path} was made with {setting.name}={theirs.get(setting.name)}, not {mine}; choose another --out or delete it")
+        return saved
+
+
+def refuse(message):
+    print(f"internal_rl.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def learning_rate(config, peak, step, steps):
+    """Constant, or 200 steps of warm-up (a tenth of a short run) and a cosine down to 2% of the peak."""
+    if not config.cosine:
+        return peak
+    warm_up = min(200, steps // 10 + 1)
+    return peak * min(1, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def train(run, stage, modules, optimizers, generator, rounds, one_round, report_every, watch):
+    """Calls one_round(i) → metrics for i in 0 … rounds−1; reports, saves, resumes. All of a stage's state is in its arguments.
+
+    A round is the smallest unit: an interrupt is honoured, and a checkpoint written, between rounds only, so a resumed stage
+    repeats exactly what it would have done. Returns at once if the stage is finished.
+    """
+    saved = run.load(stage)
+    done, seconds, last_save, last_report = 0, 0.0, time.time(), 0
+    if saved is not None:
+        for name, module in modules.items():
+            module.load_state_dict(saved["modules"][name])
+        done, seconds = saved["round"], saved["seconds"]
+        if done == rounds:
+            print(f"{stage}: finished before, reused", flush=True)
+            return
+        if saved["device"] != run.device.type:
+            refuse(f"{run.path(stage)} was begun on {saved['device']}; finish it there or choose another --out")
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        generator.set_state(saved["generator"].cpu())
+        print(f"{stage}: resumed after {done} of {rounds} rounds", flush=True)
+    run.rewind_log(stage, done)
+    started = time.time()
+
+    def save():
+        run.save(stage, modules={k: m.state_dict() for k, m in modules.items()}, round=done, device=run.device.type,
+                 optimizers={k: o.state_dict() for k, o in optimizers.items()}, generator=generator.get_state(),
+                 seconds=seconds + time.time() - started)
+
+    while done < rounds:
+        metrics = one_round(done)
+        if not all(math.isfinite(x) for k, x in metrics.items() if "loss" in k or k in ("nll", "kl")):
+            at = f"the last good checkpoint is {run.path(stage)}" if run.path(stage).exists() else "there is no checkpoint yet"
+            print(f"internal_rl.py: {stage}: the loss is not finite at round {done + 1}; {at}", file=sys.stderr)
+            raise SystemExit(1)
+        done += 1
+        if done % report_every == 0 or done == rounds:
+            spent = seconds + time.time() - started
+            metrics = {**metrics, **(watch(done) if watch else {})}
+            run.log(stage=stage, step=done, time_s=round(spent, 2), **metrics)
+            shown = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+            print(f"{stage} {done}/{rounds} {shown} | {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
+        if run.stop is not None or done == rounds or time.time() - last_save > 60:
+            save()
+            last_save = time.time()
+        if run.stop is not None and done < rounds:
+            print(f"\nstopped in {stage} after round {done} of {rounds}; saved {run.path(stage)}. The same command goes on from there.")
+            raise SystemExit(128 + run.stop)
+
+
+def supervised(run, stage, modules, parameters, peak, steps, loss_of, epsilon=0.0, watch=None):
+    """Trains `parameters` on fresh expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
+    One round is a pool of batches, dealt out by length."""
+    config, generator, pool = run.config, run.generator(stage), min(16, steps)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
+    batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
+
+    def one_round(i):
+        totals = {}
+        for j, batch in enumerate(expert_batches(config, batch_size, generator, epsilon, pool)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, peak, i * pool + j, steps)
+            loss, parts = loss_of(batch, i * pool + j, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            for name, value in {"loss": loss.item(), **parts}.items():
+                totals[name] = totals.get(name, 0.0) + value / pool
+        return totals
+
+    rounds = math.ceil(steps / pool)
+    train(run, stage, modules, {"adamw": optimizer}, generator, rounds, one_round, max(1, rounds // 12), watch)
+
+
+def frozen(module):
+    return module.requires_grad_(False).eval()
+
+
+def evaluation_layouts(run, n, number=2):
+    config = run.config
+    return gridworld.draw_layouts(n, config.size, config.colours, config.walls, run.evaluation_generator(number))
+
+
+def success_rate(run, base, control=None, n=1024):
+    """Success on the post-training task in n fixed layouts; `control` as in `play`."""
+    task = gridworld.parse_task(run.config.post_task, run.config.colours)
+    episodes = play(run.config, base, evaluation_layouts(run, n), task, run.evaluation_generator(3), control)
+    return episodes.success.mean().item()
+
+
+def pretrain(run):
+    """Stage 1: the base model predicts the expert's actions."""
+    config = run.config
+    torch.manual_seed(config.seed)
+    base = Base(config).to(run.device)
+    print(f"pretrain: base model with {sum(p.numel() for p in base.parameters()):,} parameters", flush=True)
+    floor = bayes_floor(run)
+    held_out = expert_batch(config, 1024, run.evaluation_generator(), config.epsilon)
+
+    def loss_of(batch, step, generator):
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            loss, action_part = pretraining_loss(config, base, batch)
+        return loss, {"nll": action_part.item()}
+
+    @torch.no_grad()
+    def watch(done):
+        nll = pretraining_loss(config, base, held_out)[1].item()
+        return {"eval_nll": nll, "gap": nll - floor[0]}
+
+    supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
+               config.epsilon, watch)
+    return frozen(base)
+
+
+def bayes_floor(run):
+    """Exact NLL of the best task-blind and task-aware predictors on the held-out trajectories (App. C.1.1's expert)."""
+    config, generator = run.config, run.evaluation_generator()
+    tasks, _ = (x.to(run.device) for x in gridworld.pretraining_tasks(config.subgoals))
+    layouts = gridworld.draw_layouts(1024, config.size, config.colours, config.walls, generator)
+    own = torch.randint(len(tasks), (1024,), generator=generator, device=run.device)
+    paths = gridworld.expert_paths(layouts, config.size, tasks[own], config.max_steps, generator, config.epsilon)
+    return gridworld.bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.epsilon)
+
+
+def probe(run, base):
+    """Stage 2a: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1)"""
+    config = run.config
+    probe = Probe(config).to(run.device)
+
+    def of_batch(batch):
+        with torch.no_grad():
+            residuals = base.residuals(base_inputs(config, batch.objects, batch.agent[:, :-1]))[:, batch.valid]  # [L+1, n, C]
+        return probe(F.layer_norm(residuals, residuals.shape[-1:])), batch.subgoal[batch.valid]
+
+    def loss_of(batch, step, generator):
+        logits, goal = of_batch(batch)
+        return F.cross_entropy(logits.flatten(0, 1), goal.repeat(len(logits))) * len(logits), {}
+
+    supervised(run, "probe", {"probe": probe}, list(probe.parameters()), config.probe_lr, config.probe_steps, loss_of)
+    with torch.no_grad():
+        logits, goal = of_batch(expert_batch(config, 1024, run.evaluation_generator()))
+    return {"probe_accuracy": [round(x, 4) for x in (logits.argmax(-1) == goal).float().mean(1).tolist()]}
+
+
+def steer(run, base):
+    """Stage 2b: controllers trained with the true subgoal, activated in the order of the post-training task (Fig. 4)."""
+    config = run.config
+    torch.manual_seed(config.seed)
+    controllers = LabelledControllers(config).to(run.device)
+
+    def loss_of(batch, step, generator):
+        with torch.no_grad():
+            e = base.lower(base_inputs(config, batch.objects, batch.agent[:, :-1]))
+        loss = action_loss(base.upper(controllers(e, batch.subgoal)), batch)
+        return loss, {"nll": loss.item()}
+
+    supervised(run, "steer", {"controllers": controllers}, list(controllers.parameters()), config.steer_lr, config.steer_steps, loss_of)
+    return controllers
+
+
+def subgoal_order(config, device):
+    """The subgoal that each visit of the post-training task belongs to: [K]"""
+    subgoal_of = {colour: i for i, colours in enumerate(gridworld.SUBGOALS[config.subgoals]) for colour in colours}
+    return torch.tensor([subgoal_of[colour] for colour in gridworld.parse_task(config.post_task, config.colours)], device=device)
+
+
+def alpha_at(config, step):
+    """α: 0 for a while, then up to its value. With α > 0 from the start the codes collapse before they mean anything."""
+    progress = step / config.discover_steps
+    return config.alpha * min(1.0, max(0.0, (progress - config.alpha_free) / max(config.alpha_ramp, 1e-9)))
+
+
+@torch.no_grad()
+def inspect_codes(run, base, meta):
+    """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
+    config, generator = run.config, run.evaluation_generator(4)
+    batch = expert_batch(config, 512, run.evaluation_generator())
+    _, beta, mu, _ = meta(base.lower(base_inputs(config, batch.objects, batch.agent)), batch.length, generator)
+    precision, recall = gate_scores(beta, batch, config.threshold)
+    codes = torch.randn(32, config.n_z, generator=generator, device=run.device)
+    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, 64), generator)
+    return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
+            "held_share": (reached[:, :-1].max(1).values / reached.sum(1)).mean().item(),
+            "held_colours": len(reached[:, :-1].argmax(1).unique())}
+
+
+def discover(run, base):
+    """Stage 3: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
+    config = run.config
+    torch.manual_seed(config.seed)
+    meta = Metacontroller(config).to(run.device)
+    print(f"discover: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
+
+    def loss_of(batch, step, generator):
+        alpha = alpha_at(config, step)
+        loss, parts, beta = discovery_loss(config, base, meta, batch, alpha, generator)
+        return loss, {**parts, "alpha": alpha, "beta": beta[:, 1:-1][batch.valid[:, 1:]].mean().item()}
+
+    supervised(run, "discover", {"meta": meta}, list(meta.parameters()), config.discover_lr, config.discover_steps, loss_of,
+               watch=lambda done: inspect_codes(run, base, meta))
+    return frozen(meta)
+
+
+def policy_std(config, progress):
+    """The policy's standard deviation falls linearly from std_start to std_end over the run."""
+    # differs from the paper: scheduled instead of learned, because a learned one shrinks before anything is found.
+    return config.std_start + (config.std_end - config.std_start) * progress
+
+
+def reinforcement(run, base, meta, method):
+    """Stage 4: 'internal' trains a policy over codes, 'raw' the base model itself; the same episodes and update (Fig. 8)."""
+    config, stage = run.config, "rl" if method == "internal" else "raw"
+    torch.manual_seed(config.seed)
+    task = gridworld.parse_task(config.post_task, config.colours)
+    generator = run.generator("rl", purpose=method == "raw")
+    pool = gridworld.draw_layouts(16 * config.rl_batch, config.size, config.colours, config.walls, generator)
+    rounds = math.ceil(config.rl_episodes / config.rl_batch)
+    if method == "internal":
+        learner, rate = Policy(config).to(run.device), config.rl_lr
+    else:
+        learner, rate = copy.deepcopy(base).requires_grad_(True), config.raw_lr
+    # differs from the paper: no weight decay, so that a batch without any reward leaves the parameters as they are.
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0)
+    recent = []
+
+    def one_round(i):
+        layouts = pool[torch.randint(len(pool), (config.rl_batch,), generator=generator, device=run.device)]
+        if method == "internal":
+            metrics = internal_rl_round(config, base, meta, learner, optimizer, layouts, task, policy_std(config, i / rounds), generator)
+        else:
+            metrics = raw_rl_round(config, learner, optimizer, layouts, task, generator)
+        return {"method": method, "episodes": (i + 1) * config.rl_batch, **metrics}
+
+    train(run, stage, {"learner": learner}, {"adamw": optimizer}, generator, rounds, one_round, max(1, rounds // 50), None)
+    return frozen(learner)
+
+
+def acting_control(run, meta, policy, batch, std, number=5):
+    """InternalControl by `policy` with its own fixed noise."""
+    actor = PolicyActor(run.config, policy, batch, std, run.evaluation_generator(number))
+    return InternalControl(run.config, meta, actor, batch)
+
+
+# ======================================================================================================== bench and figures
+
+def bench(run):
+    """Speed of one discovery step, one cached acting step and the batched environment, on one thread."""
+    torch.set_num_threads(1)
+    config = replace(run.config, size=7, colours=8, walls=4, subgoals="pairs", view="absolute", width=128, layers=4, heads=4, mlp=256,
+                     rank=16, n_z=8, mirror=False)
+    generator = run.evaluation_generator()
+    base, meta = frozen(Base(config).to(run.device)), Metacontroller(config).to(run.device)
+    batch = expert_batch(config, 64, generator)
+    time_ = 32  # exactly T = 32: cut or repeat the last position
+    fit = lambda x, n: F.pad(x[:, :n], (0, max(0, n - x.shape[1])))
+    batch = Batch(batch.objects, fit(batch.agent, time_ + 1), fit(batch.action, time_), fit(batch.subgoal, time_),
+                  torch.full_like(batch.length, time_))
+    optimizer = torch.optim.AdamW(meta.parameters())
+
+    def discovery_step():
+        loss, _, _ = discovery_loss(config, base, meta, batch, 0.1, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    actor = lambda e, games: torch.randn(len(games), config.n_z, generator=generator, device=run.device)
+
+    @torch.no_grad()
+    def acting_steps():
+        control, cache, games = InternalControl(config, meta, actor, 64), base.new_cache(), torch.arange(64, device=run.device)
+        for t in range(time_):
+            e = base.lower(base_inputs(config, batch.objects, batch.agent[:, t:t + 1]), cache)[:, 0]
+            base.upper(control(e, games, t)[:, None], cache).softmax(-1)
+
+    layouts = gridworld.draw_layouts(8192, 5, 4, 1, generator)
+    game = gridworld.Game(layouts, 5, [0, 1, 2, 3], 60)
+    actions = torch.randint(4, (100, 8192), generator=generator, device=run.device)
+
+    def environment_steps():
+        for action in actions:
+            game.step(action)
+            game.reset(game.done)
+
+    def seconds(work, repeats=5):
+        work()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[repeats // 2]
+
+    result = {"discovery_step_ms": 1e3 * seconds(discovery_step), "acting_step_ms": 1e3 * seconds(acting_steps) / time_,
+              "environment_million_steps_per_s": actions.numel() / seconds(environment_steps) / 1e6}
+    for name, value in result.items():
+        print(f"bench: {name} {value:.2f}")
+    return result
+
+
+def figures(run, base, controllers, meta, policy):
+    """All pictures, from the checkpoints and metrics.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    config, palette = run.config, [tuple(c / 255) for c in gridworld.PALETTE]
+    task = gridworld.parse_task(config.post_task, config.colours)
+
+    def finish(name):
+        plt.tight_layout()
+        plt.savefig(run.folder / name, dpi=110)
+        plt.close()
+
+    # Gates over true subgoals (Fig. A3)
+    batch = expert_batch(config, 6, run.evaluation_generator(6))
+    with torch.no_grad():
+        _, beta, _, _ = meta(base.lower(base_inputs(config, batch.objects, batch.agent)), batch.length, run.evaluation_generator(7))
+    figure, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
+    for i, axis in enumerate(axes):
+        steps = int(batch.length[i])
+        for t in range(steps):
+            axis.axvspan(t - 0.5, t + 0.5, color=palette[int(batch.subgoal[i, t])], alpha=0.35, lw=0)
+        axis.step(range(steps), beta[i, :steps].cpu(), where="mid", color="black")
+        axis.set(ylim=(-0.05, 1.05), yticks=[0, 1], ylabel="β")
+    axes[0].set_title("Switch gate β over the expert's hidden subgoal (background colour)")
+    axes[-1].set_xlabel("step")
+    finish("gates.png")
+
+    # Probe accuracy by layer (Fig. 3, A1)
+    accuracy = next(line["probe_accuracy"] for line in reversed(run.metrics()) if "probe_accuracy" in line)
+    plt.figure(figsize=(5, 3))
+    plt.plot(range(len(accuracy)), accuracy, "o-", color="black")
+    plt.axvline(config.layers // 2, ls=":", color="gray")
+    plt.xticks(range(len(accuracy)))
+    plt.xlabel("layer l (dotted: control layer)")
+    plt.ylabel("subgoal accuracy of a linear probe")
+    finish("probe.png")
+
+    # Success curves (Fig. 8, A5)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for method, colour in (("internal", palette[1]), ("raw", palette[0])):
+        lines = [line for line in run.metrics() if line.get("method") == method]
+        episodes, success = [line["episodes"] for line in lines], np.array([line["success"] for line in lines])
+        axes[0].plot(episodes, success, color=colour, label={"internal": "internal RL", "raw": "token-level RL"}[method])
+        axes[1].semilogy(episodes, success.clip(min=0.5 / config.rl_batch), color=colour)
+    axes[0].set(xlabel="episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
+    axes[1].set(xlabel="episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
+    axes[0].legend()
+    finish("success.png")
+
+    # Codes → first colour reached
+    codes = torch.randn(32, config.n_z, generator=run.evaluation_generator(8), device=run.device)
+    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, 64), run.evaluation_generator(9)).cpu().float()
+    reached = reached / reached.sum(1, keepdim=True)
+    order = (reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()
+    plt.figure(figsize=(8, 3))
+    bottom = np.zeros(len(codes))
+    for k in range(config.colours + 1):
+        share = reached[order, k].numpy()
+        plt.bar(range(len(codes)), share, bottom=bottom, color=palette[k] if k < config.colours else "lightgray", width=0.9,
+                label=f"colour {k}" if k < config.colours else "none")
+        bottom += share
+    plt.xlabel("random code z ~ N(0, I), held for a whole episode")
+    plt.ylabel("first colour reached")
+    plt.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncol=config.colours + 1, frameon=False)
+    finish("codes.png")
+
+    # One episode of internal RL: film strip and animation, the frame colour says what the code in force would reach first
+    layouts = evaluation_layouts(run, 64, number=10)
+    control = acting_control(run, meta, policy, len(layouts), 0.0)
+    episodes = play(config, base, layouts, task, run.evaluation_generator(11), control)
+    best = int((episodes.success * 1000 - episodes.length).argmax())  # a shortest success, if there is any
+    fired, steps = [], int(episodes.length[best])
+    for games, _, switched in control.trace[:steps]:
+        fired.append(bool(switched[games == best][0]))
+    frames = [gridworld.draw(int(cell), layouts.colours[best].tolist(), layouts.walls[best].tolist(), config.size)
+              for cell in episodes.agent[best, :steps + 1]]
+    segment = np.cumsum(fired)  # which code is in force at each step
+
+    def title(t):
+        return "end" if t == steps else f"{t}: code {segment[t]}" + (" (new)" if fired[t] else "")
+
+    columns = min(8, len(frames))
+    rows = math.ceil(len(frames) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False)
+    for t, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if t < len(frames):
+            axis.imshow(frames[t])
+            axis.set_title(title(t), fontsize=8, fontweight="bold" if t < steps and fired[t] else "normal")
+    finish("episode.png")
+
+    figure, axis = plt.subplots(figsize=(3, 3.3))
+    picture = axis.imshow(frames[0])
+    axis.axis("off")
+
+    def show(t):
+        picture.set_data(frames[t])
+        axis.set_title(title(t), fontweight="bold" if t < steps and fired[t] else "normal")
+        return [picture]
+
+    FuncAnimation(figure, show, frames=len(frames)).save(run.folder / "episode.gif", writer=PillowWriter(fps=2))
+    plt.close(figure)
+    print(f"figures: gates, probe, success, codes, episode in {run.folder}", flush=True)
+
+
+# ==================================================================================================================== main
+
+EXPECT = {  # name → (what it is, what to expect of the quick preset)
+    "gap": ("base model above the exact Bayes floor, nats per action", "≤ 0.08"),
+    "probe_best": ("linear probe of the hidden subgoal, best layer", "≈ 0.5"),
+    "base_success": ("base model alone on the post-training task", "≤ 0.01"),
+    "steer_success": ("labelled controllers on the post-training task", "≥ 0.5"),
+    "gate_precision": ("gate precision, ±1 step", "≥ 0.9"),
+    "gate_recall": ("gate recall, ±1 step", "≥ 0.9"),
+    "goal_accuracy": ("subgoal read from the code by nearest centroid", "≥ 0.9"),
+    "held_share": ("one held random code reaches the same colour (chance 1/K)", "≥ 0.6"),
+    "internal_success": ("internal RL, success on held-out layouts", "≥ 0.6"),
+    "raw_success": ("token-level RL, success on held-out layouts", "≤ 0.01"),
+    "seconds": ("seconds of all stages", ""),
+}
+
+
+def run_stages(run, stage):
+    """Runs `stage` (or all) and what it builds on. Returns the measured numbers of EXPECT that it got to."""
+    def wanted(name):
+        return stage in ("all", "figures", name)
+
+    result, started = {}, time.time()
+    base = pretrain(run)
+    result["gap"] = last_metric(run, "pretrain", "gap")
+    if wanted("probe"):
+        accuracy = probe(run, base)
+        run.log(stage="probe", step=0, time_s=0.0, **accuracy)
+        result["probe_best"] = max(accuracy["probe_accuracy"])
+        print(f"probe: accuracy by layer {accuracy['probe_accuracy']}", flush=True)
+    if wanted("steer"):
+        controllers = steer(run, base)
+        order = subgoal_order(run.config, run.device)
+        result["base_success"] = success_rate(run, base)
+        result["steer_success"] = success_rate(run, base, LabelledControl(controllers, order))
+        print(f"steer: success on {run.config.post_task}: base alone {result['base_success']:.4f}, "
+              f"with labelled controllers {result['steer_success']:.4f}", flush=True)
+    if wanted("discover") or stage == "rl":
+        meta = discover(run, base)
+        result.update({name: last_metric(run, "discover", name) for name in ("gate_precision", "gate_recall", "goal_accuracy", "held_share")})
+    if wanted("rl"):
+        policy = reinforcement(run, base, meta, "internal")
+        result["internal_success"] = success_rate(run, base, acting_control(run, meta, policy, 1024, 0.0))
+        result["raw_success"] = success_rate(run, reinforcement(run, base, meta, "raw"))
+        print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, raw {result['raw_success']:.4f}", flush=True)
+    if wanted("figures"):
+        figures(run, base, controllers, meta, policy)
+    result["seconds"] = round(time.time() - started, 1)
+    return result
+
+
+def last_metric(run, stage, name):
+    return next(line[name] for line in reversed(run.metrics()) if line["stage"] == stage and name in line)
+
+
+def print_table(results):
+    """One column a seed, then the median and what to expect."""
+    print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   expected (quick)")
+    for name, (text, expected) in EXPECT.items():
+        values = [result.get(name) for result in results.values()]
+        if None not in values:
+            print(f"{text:62}" + "".join(f"{v:10.4g}" for v in values) + f"{np.median(values):10.4g}   {expected}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        refuse(message)
+
+
+def parse_arguments(arguments):
+    """Command line → (argparse namespace, Settings). Every setting is a flag; flags override the preset."""
+    parser = Parser(prog="internal_rl.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes.", allow_abbrev=False)
+    parser.add_argument("--task", choices=["gridworld"], default="gridworld", help="environment")
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
+    parser.add_argument("--stage", choices=["all", *STAGES, "bench", "figures"], default="all",
+                        help="what to run; the stages it builds on are reused or run first")
+    parser.add_argument("--seeds", default=None, metavar="0,1,2", help="several seeds one after another (overrides --seed)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    parser.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default runs/TASK-PRESET-sSEED; several seeds: OUT-sSEED)")
+    for setting in fields(Settings):
+        flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
+        kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} (quick: {setting.default})", **kind)
+    options = parser.parse_args(arguments)
+    given = {s.name: getattr(options, s.name) for s in fields(Settings) if hasattr(options, s.name)}
+    return options, Settings(**{**PRESETS[options.preset], **given})
+
+
+def check(config):
+    """Refuses settings that cannot work, in one line each."""
+    try:
+        gridworld.check_sizes(config.size, config.colours, config.walls, config.max_steps)
+        task = gridworld.parse_task(config.post_task, config.colours)
+        if config.subgoals not in gridworld.SUBGOALS:
+            raise ValueError(f"subgoals {config.subgoals!r} is none of {list(gridworld.SUBGOALS)}")
+        if config.view not in gridworld.INPUTS:
+            raise ValueError(f"view {config.view!r} is none of {list(gridworld.INPUTS)}")
+        needed = max(max(colours) for colours in gridworld.SUBGOALS[config.subgoals]) + 1
+        if config.colours < needed:
+            raise ValueError(f"colours {config.colours} is too few: the pretraining tasks of {config.subgoals!r} use {needed}")
+        if max(task) >= needed:
+            raise ValueError(f"post_task {config.post_task!r} names a colour that no pretraining task visits")
+        if config.width % config.heads:
+            raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
+        positive = ("width", "heads", "mlp", "rank", "n_z", "n_h", "n_s", "pretrain_steps", "pretrain_batch", "probe_steps", "steer_steps",
+                    "discover_steps", "discover_batch", "rl_episodes", "rl_batch", "rl_epochs", "rl_minibatch", "policy_width",
+                    "pretrain_lr", "probe_lr", "steer_lr", "discover_lr", "rl_lr", "raw_lr", "clip", "std_start", "std_end")
+        for name in positive:
+            if not 0 < getattr(config, name) < math.inf:
+                raise ValueError(f"{name} {getattr(config, name)} is not positive")
+        if config.layers < 2 or config.layers % 2:
+            raise ValueError(f"layers {config.layers} is not an even number of at least 2")
+        for name in ("epsilon", "alpha_free", "alpha_ramp", "threshold"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise ValueError(f"{name} {getattr(config, name)} is outside 0 … 1")
+        for name in ("seed", "alpha", "next_obs", "weight_decay"):
+            if not 0 <= getattr(config, name) < math.inf:
+                raise ValueError(f"{name} {getattr(config, name)} is negative or not finite")
+    except ValueError as error:
+        refuse(error)
+
+
+def choose_device(name):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        refuse(f"--device {name}: torch finds no such device here")
+    return torch.device(name)
+
+
+def main(arguments=None):
+    options, config = parse_arguments(arguments)
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [config.seed]
+    except ValueError:
+        refuse(f"--seeds {options.seeds!r} is not a list of whole numbers such as 0,1,2")
+    device = choose_device(options.device)
+    torch.set_float32_matmul_precision("high")
+    results, runs = {}, []
+    for seed in seeds:
+        config = replace(config, seed=seed)
+        check(config)
+        folder = options.out or f"runs/{options.task}-{options.preset}"
+        runs.append(Run(config, folder if options.out and len(seeds) == 1 else f"{folder}-s{seed}", device))
+
+    for run in runs:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device} ({name}), torch {torch.__version__}", flush=True)
+        if options.stage == "bench":
+            bench(run)
+            return
+        for stage in STAGES:
+            run.load(stage)  # refuse before anything is written
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
+        print(f"writing {run.folder}/: config.json, metrics.jsonl, a checkpoint a stage, figures", flush=True)
+
+        def stop(number, frame):
+            if run.stop is not None:
+                raise KeyboardInterrupt
+            run.stop = number
+            print("\nstopping at the end of this round (again: at once)", flush=True)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        results[run.config.seed] = run_stages(run, options.stage)
+        (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()
