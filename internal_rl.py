@@ -61,6 +61,7 @@ import gridworld
 
 STAGES = {  # name → the stages whose result it builds on
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "discover": ["pretrain"], "rl": ["pretrain", "discover"],
+    "raw": ["pretrain", "rl"],  # the token-level baseline, run together with "rl"
 }
 
 
@@ -83,12 +84,12 @@ class Settings:
     layers: int = setting(4, "pretrain", "transformer blocks L; control acts after block L/2")
     heads: int = setting(4, "pretrain", "attention heads")
     mlp: int = setting(256, "pretrain", "hidden width of each block's MLP")
-    pretrain_steps: int = setting(8000, "pretrain", "base model: training steps")
+    pretrain_steps: int = setting(9600, "pretrain", "base model: training steps")
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step")
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate")
     weight_decay: float = setting(0.03, "pretrain", "AdamW weight decay (all supervised stages)")
-    cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2% (all supervised stages)")
-    next_obs: float = setting(0.01, "pretrain", "λ, weight of the next-observation loss")
+    cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages)")
+    next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
     probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
@@ -99,14 +100,14 @@ class Settings:
     n_z: int = setting(8, "discover", "size of a controller code z")
     n_h: int = setting(32, "discover", "size of the causal history h")
     n_s: int = setting(32, "discover", "size of the trajectory summary s")
-    discover_steps: int = setting(3000, "discover", "metacontroller: training steps")
+    discover_steps: int = setting(3200, "discover", "metacontroller: training steps")
     discover_batch: int = setting(64, "discover", "metacontroller (and labelled controllers, probe): trajectories a step")
     discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate")
     alpha: float = setting(0.15, "discover", "α, weight of the KL term")
-    alpha_free: float = setting(0.4, "discover", "share of the steps before α starts to rise from 0")
-    alpha_ramp: float = setting(0.3, "discover", "share of the steps over which α rises to its value")
+    alpha_free: float = setting(0.45, "discover", "share of the steps before α starts to rise from 0")
+    alpha_ramp: float = setting(0.25, "discover", "share of the steps over which α rises to its value")
     mirror: bool = setting(True, "discover", "decode each code in a randomly mirrored copy of its world")
-    rl_episodes: int = setting(200_000, "rl", "episodes for internal RL, and again for token-level RL")
+    rl_episodes: int = setting(150_000, "rl", "episodes for internal RL, and again for token-level RL")
     rl_batch: int = setting(1024, "rl", "episodes an update")
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy")
     raw_lr: float = setting(1e-4, "rl", "token-level RL: learning rate of the base model")
@@ -128,7 +129,7 @@ PRESETS = {
                   width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, weight_decay=0.03,
                   cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
                   discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
-                  rl_lr=3e-5, raw_lr=3e-5, policy_width=256),
+                  rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_end=1.0),
 }
 
 # ========================================================================================================== expert data
@@ -646,10 +647,9 @@ class Run:
     def __init__(self, config, folder, device):
         self.config, self.folder, self.device, self.stop = config, Path(folder), device, None
 
-    def generator(self, stage, purpose=0):
+    def generator(self, stage):
         """Training data and noise of one stage; evaluation uses seeds below 10,000, which no stage ever has."""
-        number = 10_000 * (self.config.seed + 1) + 10 * list(STAGES).index(stage) + purpose
-        return torch.Generator(self.device).manual_seed(number)
+        return torch.Generator(self.device).manual_seed(10_000 * (self.config.seed + 1) + list(STAGES).index(stage))
 
     def evaluation_generator(self, number=1):
         return torch.Generator(self.device).manual_seed(number)
@@ -923,7 +923,7 @@ def reinforcement(run, base, meta, method):
     config, stage = run.config, "rl" if method == "internal" else "raw"
     torch.manual_seed(config.seed)
     task = gridworld.parse_task(config.post_task, config.colours)
-    generator = run.generator("rl", purpose=method == "raw")
+    generator = run.generator(stage)
     pool = gridworld.draw_layouts(16 * config.rl_batch, config.size, config.colours, config.walls, generator)
     rounds = math.ceil(config.rl_episodes / config.rl_batch)
     if method == "internal":
@@ -1193,7 +1193,7 @@ def parse_arguments(arguments):
                     description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes.", allow_abbrev=False)
     parser.add_argument("--task", choices=["gridworld"], default="gridworld", help="environment")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
-    parser.add_argument("--stage", choices=["all", *STAGES, "bench", "figures"], default="all",
+    parser.add_argument("--stage", choices=["all", *(s for s in STAGES if s != "raw"), "bench", "figures"], default="all",
                         help="what to run; the stages it builds on are reused or run first")
     parser.add_argument("--seeds", default=None, metavar="0,1,2", help="several seeds one after another (overrides --seed)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
@@ -1257,7 +1257,8 @@ def main(arguments=None):
     except ValueError:
         refuse(f"--seeds {options.seeds!r} is not a list of whole numbers such as 0,1,2")
     device = choose_device(options.device)
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     results, runs = {}, []
     for seed in seeds:
         config = replace(config, seed=seed)

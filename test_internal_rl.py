@@ -1,0 +1,528 @@
+"""Tests: independent computations, no leak from the future, invariants, and the documented commands on the tiny preset."""
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium.utils.env_checker import check_env
+
+import gridworld
+import internal_rl as rl
+
+HERE = Path(__file__).parent
+CONFIG = rl.Settings(width=32, heads=2, mlp=48, layers=4, walls=2, rank=5, n_z=8)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    model = rl.Base(CONFIG)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.position_bias.weight)  # as after training, so that positions matter
+    return model
+
+
+@pytest.fixture
+def meta():
+    torch.manual_seed(1)
+    return rl.Metacontroller(CONFIG)
+
+
+@pytest.fixture
+def batch():
+    return rl.expert_batch(CONFIG, 24, generator())
+
+
+def inputs(batch):
+    return rl.base_inputs(CONFIG, batch.objects, batch.agent)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gridworld
+
+def test_pretraining_tasks_match_tables_and_withhold_transitions():
+    for kind in ("pairs", "singles"):
+        tasks, subgoals = gridworld.pretraining_tasks(kind)
+        assert len({tuple(task.tolist()) for task in tasks}) == 16
+        for row in subgoals.tolist():
+            changes = {(a, b) for a, b in zip(row, row[1:]) if a != b}
+            assert not changes & {(0, 1), (1, 2), (2, 3), (3, 0)}
+    assert gridworld.pretraining_tasks("pairs")[0][0].tolist() == [0, 1, 4, 5, 0, 1]  # A C A
+    assert [0, 3, 2] in gridworld.pretraining_tasks("singles")[0].tolist()
+
+
+def reference_distance(layouts, i, size, start, target):
+    """Breadth-first search on plain Python sets, walls and other colours blocked."""
+    blocked = set(layouts.walls[i].tolist()) | set(layouts.colours[i].tolist()) - {target}
+    queue, seen = collections.deque([(start, 0)]), {start}
+    while queue:
+        cell, steps = queue.popleft()
+        if cell == target:
+            return steps
+        for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            r, c = cell // size + dr, cell % size + dc
+            to = r * size + c
+            if 0 <= r < size and 0 <= c < size and to not in seen and to not in blocked:
+                seen.add(to)
+                queue.append((to, steps + 1))
+    return None
+
+
+@pytest.mark.parametrize("size,colours,walls,kind", [(5, 4, 3, "singles"), (7, 8, 4, "pairs")])
+def test_expert_paths_are_shortest(size, colours, walls, kind):
+    tasks, _ = gridworld.pretraining_tasks(kind)
+    layouts = gridworld.draw_layouts(40, size, colours, walls, generator())
+    paths = gridworld.expert_paths(layouts, size, tasks[torch.arange(40) % 16], 100, generator(1))
+    for i in range(40):
+        cell, total = int(layouts.agent[i]), 0
+        for colour in tasks[i % 16].tolist():
+            target = int(layouts.colours[i, colour])
+            total += reference_distance(layouts, i, size, cell, target)
+            cell = target
+        assert int(paths.length[i]) == total
+        assert int(paths.agent[i, total]) == cell
+
+
+def test_expert_noise_never_ends_an_episode_and_uses_all_shortest_moves():
+    layouts = gridworld.draw_layouts(200, 5, 4, 2, generator())
+    tasks = gridworld.pretraining_tasks("singles")[0][torch.arange(200) % 16]
+    noisy = gridworld.expert_paths(layouts, 5, tasks, 60, generator(1), epsilon=0.2)
+    game = gridworld.Game(layouts, 5, tasks, 60)
+    for t in range(noisy.action.shape[1]):
+        game.step(noisy.action[:, t])
+    assert (game.stage == 3).all()
+    clean = gridworld.expert_paths(layouts, 5, tasks, 60, generator(1))
+    assert noisy.length.float().mean() > clean.length.float().mean()
+    again = gridworld.expert_paths(layouts, 5, tasks, 60, generator(2))
+    assert torch.equal(again.length, clean.length) and not torch.equal(again.agent, clean.agent)
+
+
+def test_bayes_floor_matches_a_slow_filter():
+    tasks, _ = gridworld.pretraining_tasks("singles")
+    layouts = gridworld.draw_layouts(12, 5, 4, 2, generator())
+    own = torch.arange(12)
+    paths = gridworld.expert_paths(layouts, 5, tasks[own], 60, generator(1))
+    blind = aware = 0.0
+
+    def probability(i, target, cell, action):
+        here = reference_distance(layouts, i, 5, cell, target)
+        if here is None:  # cut off from it by the colour just visited: this task would not have come here
+            return 0
+        blocked = set(layouts.walls[i].tolist()) | set(layouts.colours[i].tolist()) - {target}
+        good = []
+        for a, (dr, dc) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+            r, c = cell // 5 + dr, cell % 5 + dc
+            if 0 <= r < 5 and 0 <= c < 5 and r * 5 + c not in blocked:
+                if reference_distance(layouts, i, 5, r * 5 + c, target) == here - 1:
+                    good.append(a)
+        return (action in good) / len(good)
+
+    for i in range(12):
+        weight, stage = np.full(16, 1 / 16), np.zeros(16, dtype=int)
+        for t in range(int(paths.length[i])):
+            cell, action, to = int(paths.agent[i, t]), int(paths.action[i, t]), int(paths.agent[i, t + 1])
+            p = np.array([probability(i, int(layouts.colours[i, tasks[m, stage[m]]]), cell, action) if stage[m] < 3 else 0 for m in range(16)])
+            blind -= np.log((weight * p).sum())
+            aware -= np.log(p[i])
+            weight = weight * p / (weight * p).sum()
+            for m in range(16):
+                stage[m] += stage[m] < 3 and to == int(layouts.colours[i, tasks[m, stage[m]]])
+    steps = paths.length.sum().item()
+    assert gridworld.bayes_floor(layouts, 5, paths, tasks, own, 60) == pytest.approx((blind / steps, aware / steps), abs=1e-5)
+
+
+def test_batched_game_equals_gymnasium_on_random_play():
+    size, colours, walls, task = 5, 4, 2, "1-0-3"
+    layouts = gridworld.draw_layouts(30, size, colours, walls, generator())
+    game = gridworld.Game(layouts, size, gridworld.parse_task(task, colours), 25)
+    envs = [gymnasium.make("GridworldPinpad-v0", size=size, colours=colours, walls=walls, max_steps=25, task=task).unwrapped for _ in range(30)]
+    for i, env in enumerate(envs):
+        env.reset(options={"agent": int(layouts.agent[i]), "colours": layouts.colours[i].tolist(), "walls": layouts.walls[i].tolist()})
+    over, ends = [False] * 30, collections.Counter()
+    for t in range(25):
+        actions = torch.randint(4, (30,), generator=generator(t))
+        reward, terminated, truncated = game.step(actions)
+        for i, env in enumerate(envs):
+            if not over[i]:
+                observation, r, term, trunc, info = env.step(int(actions[i]))
+                assert (r, term, trunc) == (reward[i], terminated[i], truncated[i])
+                assert (info["agent"], info["stage"]) == (int(game.agent[i]), int(game.stage[i]))
+                assert observation.reshape(-1, size * size)[-1].argmax() == info["agent"] and observation.sum() == colours + walls + 1
+                over[i] = term or trunc
+                ends[(term, trunc)] += over[i]
+    assert all(over) and ends[(True, False)] and ends[(False, True)]
+
+
+def scripted(task, max_steps=20):
+    """3×3:  0 . 1 / @ # . / . . .   as a Gymnasium environment."""
+    env = gymnasium.make("GridworldPinpad-v0", size=3, colours=2, walls=1, max_steps=max_steps, task=task, render_mode="ansi").unwrapped
+    env.reset(options={"agent": 3, "colours": [0, 2], "walls": [4]})
+    return env
+
+
+def test_a_visit_needs_a_move():
+    env = scripted("0-1")
+    assert env.render() == "0 . 1\n@ # .\n. . ."
+    assert env.step(gridworld.RIGHT)[4]["agent"] == 3  # a wall is a no-op
+    assert env.step(gridworld.UP)[4]["stage"] == 1
+    for action in (gridworld.UP, gridworld.LEFT):  # standing on colour 0, off the grid: not a second, wrong visit
+        _, reward, terminated, _, info = env.step(action)
+        assert (reward, terminated, info["stage"]) == (0, False, 1)
+    env.step(gridworld.RIGHT)
+    _, reward, terminated, truncated, _ = env.step(gridworld.RIGHT)
+    assert (reward, terminated, truncated) == (1, True, False)
+
+
+def test_wrong_colour_and_time_limit_end_differently():
+    assert scripted("1-0").step(gridworld.UP)[1:4] == (0.0, True, False)
+    env = scripted("1-0", max_steps=1)
+    assert env.step(gridworld.DOWN)[1:4] == (0.0, False, True)
+    assert scripted("0", max_steps=1).step(gridworld.UP)[1:4] == (1.0, True, False)
+
+
+@pytest.mark.parametrize("mode", ["ansi", "rgb_array"])
+def test_gymnasium_checks(mode):
+    env = gymnasium.make("GridworldPinpad-v0", render_mode=mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped)
+    first, info = env.reset(seed=5)
+    again, _ = env.reset(seed=5)
+    assert np.array_equal(first, again) and first.shape == (637,) and info["stage"] == 0
+    assert not np.array_equal(first, env.reset(seed=6)[0])
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"agent": 0, "colours": [0, 2]}, "same cell"), ({"agent": 99}, "whole numbers"), ({"colours": [1]}, "2 needed"),
+    ({"agent": 0, "colours": [2, 8], "walls": [1]}, None), ({"task": "0-0"}, "twice"), ({"task": "0-7"}, "colour 7"), ({"x": 1}, "unknown"),
+])
+def test_given_layouts(options, words):
+    env = gymnasium.make("GridworldPinpad-v0", size=3, colours=2, walls=1, max_steps=9, task="0-1").unwrapped
+    if words is None:
+        assert env.reset(options=options)[1]["walls"].tolist() == [1]
+    else:
+        with pytest.raises(ValueError, match=words):
+            env.reset(options=options)
+
+
+def test_impossible_layout_is_refused():
+    env = gymnasium.make("GridworldPinpad-v0", size=3, colours=1, walls=2, max_steps=9, task="0").unwrapped
+    with pytest.raises(ValueError, match="impossible"):
+        env.reset(options={"agent": 0, "colours": [8], "walls": [1, 3]})
+
+
+def test_symmetries_commute_with_the_rules():
+    cells, actions = gridworld.symmetries(5)
+    to = gridworld.neighbours(5)
+    assert len({tuple(row.tolist()) for row in cells}) == 8
+    for k in range(8):
+        for a in range(4):
+            assert torch.equal(to[cells[k], actions[k, a]], cells[k, to[:, a]])
+
+
+def test_inputs_stand_for_the_one_hot_observation(batch):
+    places = gridworld.absolute_inputs(batch.objects, batch.agent, 5, 4)
+    one_hot = gridworld.one_hot_observation(batch.objects, batch.agent[:, 3], 5)
+    assert torch.equal(F.one_hot(places[:, 3], gridworld.input_count("absolute", 5, 4, 2)).sum(1).float(), one_hot)
+    torch.manual_seed(0)
+    table = torch.nn.EmbeddingBag(one_hot.shape[1], 6, mode="sum")
+    assert torch.allclose(table(places[:, 3]), one_hot @ table.weight, atol=1e-5)
+    assert inputs(batch).max() < gridworld.input_count("egocentric", 5, 4, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+def test_base_cannot_see_the_future(base, batch):
+    x = inputs(batch)
+    changed = x.clone()
+    changed[:, 5:] = inputs(rl.expert_batch(CONFIG, 24, generator(9)))[:, 5:6]
+    assert torch.allclose(base(x)[:, :5], base(changed)[:, :5], atol=1e-6)
+    assert not torch.allclose(base(x)[:, 5:], base(changed)[:, 5:], atol=1e-3)
+
+
+def test_cached_acting_equals_the_full_forward(base, batch):
+    x, cache = inputs(batch), base.new_cache()
+    steps = [base.upper(base.lower(x[:, t:t + 1], cache), cache) for t in range(x.shape[1])]
+    assert torch.allclose(torch.cat(steps, 1), base(x), atol=1e-5)
+
+
+def test_losses_ignore_padding(base, meta, batch):
+    longer = rl.Batch(batch.objects, F.pad(batch.agent, (0, 4), value=3), F.pad(batch.action, (0, 4), value=2),
+                      F.pad(batch.subgoal, (0, 4), value=1), batch.length)
+    for a, b in zip(rl.pretraining_loss(CONFIG, base, batch), rl.pretraining_loss(CONFIG, base, longer)):
+        assert torch.allclose(a, b, atol=1e-6)
+    with torch.no_grad():
+        one, two = (meta.propose(meta.norm(base.lower(inputs(x))), x.length) for x in (batch, longer))
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b[:, :a.shape[1]], atol=1e-5)
+
+
+def test_next_observation_loss_against_a_loop(base, batch):
+    config = replace(CONFIG, next_obs=0.5)
+    loss, action_part = rl.pretraining_loss(config, base, batch)
+    last = base.last_residual(base.lower(inputs(batch)))
+    total, count = 0.0, 0
+    for i in range(len(batch.length)):
+        for t in range(int(batch.length[i])):
+            logits = base.observation_head(last[i, t]).view(-1, 25).log_softmax(-1)
+            places = [*batch.objects[i].tolist(), int(batch.agent[i, t + 1])]
+            total -= sum(logits[j, cell] for j, cell in enumerate(places))
+            count += 1
+    assert torch.allclose(loss, action_part + 0.5 * total / count, rtol=1e-5)
+
+
+def test_zero_control_leaves_the_base_unchanged(base, meta, batch):
+    e = base.lower(inputs(batch))
+    with torch.no_grad():
+        meta.write.zero_()
+    assert torch.equal(meta.control(e, torch.randn(*e.shape[:2], 8)), e)
+    assert torch.equal(rl.LabelledControllers(CONFIG)(e[:, :-1], batch.subgoal), e[:, :-1])
+    loss, parts, _ = rl.discovery_loss(replace(CONFIG, mirror=False), base, meta, batch, 0.0, generator())
+    assert loss.item() == pytest.approx(rl.action_loss(base(inputs(batch)), batch).item(), abs=1e-6)
+
+
+def test_low_rank_control_is_the_matrix_product(meta):
+    e, z = torch.randn(3, 2, 32), torch.randn(3, 2, 8)
+    a, b = meta.matrices(z)
+    assert a.shape == (3, 2, 5, 32)
+    expected = torch.empty_like(e)
+    for i in range(3):
+        for t in range(2):
+            u = b[i, t].T @ a[i, t] / 32 ** 0.5
+            assert not torch.allclose(u, u.T, atol=1e-3)
+            expected[i, t] = e[i, t] + u @ e[i, t]
+    assert torch.allclose(rl.low_rank_control(e, a, b), expected, atol=1e-5)
+    assert torch.allclose(meta.control(e, z), expected, atol=1e-5)
+
+
+def test_gate_replaces_and_holds():
+    proposal, z = torch.randn(3, 8), torch.randn(3, 8)
+    mixed = rl.integrate(torch.tensor([1.0, 0.0, 0.25]), proposal, z)
+    assert torch.equal(mixed[0], proposal[0]) and torch.equal(mixed[1], z[1])
+    assert torch.allclose(mixed[2], 0.25 * proposal[2] + 0.75 * z[2])
+
+
+def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the_future(base, meta, batch):
+    with torch.no_grad():
+        e = meta.norm(base.lower(inputs(batch)))
+        changed = e.clone()
+        changed[torch.arange(24), batch.length] += 3
+        mu, _, features = meta.propose(e, batch.length)
+        mu_changed, _, features_changed = meta.propose(changed, batch.length)
+        shortest = int(batch.length.min())
+        assert torch.equal(features[:, :shortest], features_changed[:, :shortest])
+        assert (mu[:, 0] - mu_changed[:, 0]).abs().amax(1).min() > 1e-5
+        z, beta, _, _ = meta(base.lower(inputs(batch)), batch.length, generator())
+        assert (beta[:, 0] == 1).all()
+        assert torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3]), atol=1e-6)
+        assert not torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3] + 1), atol=1e-4)
+
+
+def test_history_excludes_the_present(base, meta, batch):
+    """h_{t−1} with e_t: the gate of step t is the gate that acting computes step by step."""
+    with torch.no_grad():
+        e = base.lower(inputs(batch))
+        z, beta, _, _ = meta(e, batch.length, generator())
+        control = rl.InternalControl(replace(CONFIG, threshold=-1.0), meta, lambda x, games: z[games, len(control.trace)], 24)
+        games = torch.arange(24)
+        for t in range(5):
+            control(e[:, t], games, t)
+    for t in range(1, 5):
+        assert torch.allclose(control.trace[t][1], beta[:, t], atol=1e-5)
+
+
+def test_gradient_reaches_every_trainable_and_no_frozen_parameter(base, meta, batch):
+    rl.frozen(base)
+    loss, _, _ = rl.discovery_loss(CONFIG, base, meta, batch, 0.1, generator())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_kl_against_torch():
+    mu, log_sigma = torch.randn(4, 8), torch.randn(4, 8)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, log_sigma.exp()), normal(0.0, 1.0)).sum(-1)
+    assert torch.allclose(rl.kl_to_standard_normal(mu, log_sigma), expected, atol=1e-5)
+
+
+def test_mirrored_trajectories_still_obey_the_rules(batch):
+    world = rl.mirrored(CONFIG, batch, generator())
+    assert not torch.equal(world.objects, batch.objects)
+    layouts = gridworld.Layouts(world.agent[:, 0], world.objects[:, :4], world.objects[:, 4:])
+    game = gridworld.Game(layouts, 5, [0], 60)
+    for t in range(int(batch.length.min())):
+        to = game.next_cell.view(24, 25, 4)[torch.arange(24), world.agent[:, t], world.action[:, t]]
+        assert torch.equal(to, world.agent[:, t + 1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------- RL
+
+def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
+    torch.manual_seed(2)
+    policy = rl.Policy(CONFIG)
+    layouts = gridworld.draw_layouts(64, 5, 4, 2, generator())
+    actor = rl.PolicyActor(CONFIG, policy, 64, 0.7, generator(1))
+    control = rl.InternalControl(CONFIG, meta, actor, 64)
+    with torch.no_grad():
+        episodes = rl.play(CONFIG, base, layouts, [0, 1, 2, 3], generator(2), control)
+        fired = torch.zeros(64, dtype=torch.long)
+        for games, _, switched in control.trace:
+            fired[games[switched]] += 1
+        assert torch.equal(actor.count, fired) and fired.max() > 1 and fired.sum() < episodes.length.sum()
+        mean, _ = policy(actor.e)
+        replayed = rl.gaussian_log_prob(actor.z, mean, 0.7)
+        mask = torch.arange(actor.z.shape[1]) < actor.count[:, None]
+        assert torch.allclose(replayed[mask], actor.log_prob[mask], atol=1e-4)
+        mean_later, _ = policy(torch.cat([actor.e[:, :1], actor.e[:, 1:] + 1], 1))
+        assert torch.equal(mean[:, 0], mean_later[:, 0])
+
+
+def test_gaussian_log_prob_against_torch():
+    z, mean = torch.randn(4, 8), torch.randn(4, 8)
+    assert torch.allclose(rl.gaussian_log_prob(z, mean, 0.3), torch.distributions.Normal(mean, 0.3).log_prob(z).sum(-1), atol=1e-4)
+
+
+def test_advantage_and_surrogate_by_hand():
+    gain = rl.advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    deviation = (3 / 16) ** 0.5
+    assert gain.tolist() == pytest.approx([0.75 / (deviation + 1e-3)] + [-0.25 / (deviation + 1e-3)] * 3)
+    old, new = torch.zeros(2, 2), torch.tensor([[0.5, 0.1], [-0.5, 9.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    # trajectory 0 (gain 2): ratio e^.5 is cut at 1.2; trajectory 1 (gain −1): ratio e^−.5 is cut at .8, the padding does not count
+    expected = -((2 * 1.2 + 2 * np.exp(0.1)) + (-0.8)) / 2
+    assert rl.clipped_surrogate(new, old, torch.tensor([2.0, -1.0]), mask, 0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gate_scores_by_hand():
+    subgoal = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])
+    batch = rl.Batch(None, None, torch.zeros(1, 10, dtype=torch.long), subgoal, torch.tensor([10]))
+    beta = torch.tensor([[1.0, 0, 0, 0, 0.9, 0, 0.9, 0, 0, 0, 0]])  # one near the change at 3, one false; the change at 8 is missed
+    assert rl.gate_scores(beta, batch, 0.5) == (0.5, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- command line
+
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, HERE / "internal_rl.py", *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--discover-steps", 32)
+
+
+def test_tiny_run_end_to_end(tmp_path):
+    done = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "token-level RL" in done.stdout
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "discover.pt", "rl.pt", "raw.pt",
+                     "gates.png", "probe.png", "success.png", "codes.png", "episode.png", "episode.gif"}
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
+    assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
+    again = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
+    assert again.returncode == 0 and "reused" in again.stdout
+    assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
+    refused = command(*SMALL, "--width", 64, "--out", tmp_path / "run")
+    assert refused.returncode == 2 and "width=32" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert command(*SMALL, "--rl-lr", 0.5, "--stage", "steer", "--out", tmp_path / "run").returncode == 2  # rl.pt has another rl_lr
+    (tmp_path / "run/discover.pt").write_bytes(before["discover.pt"][:1000])
+    broken = command(*SMALL, "--out", tmp_path / "run")
+    assert broken.returncode == 2 and "discover.pt cannot be read" in broken.stderr and len(broken.stderr.splitlines()) == 1
+
+
+def test_resumed_run_equals_uninterrupted(tmp_path):
+    """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
+    config = rl.Settings(**{**rl.PRESETS["tiny"], "pretrain_steps": 48, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
+                            "steer_steps": 16})
+
+    def everything(run):
+        base = rl.pretrain(run)
+        meta = rl.discover(run, base)
+        rl.reinforcement(run, base, meta, "internal")
+        rl.reinforcement(run, base, meta, "raw")
+
+    whole, parts = (rl.Run(config, tmp_path / name, torch.device("cpu")) for name in ("whole", "parts"))
+    for run in (whole, parts):
+        run.folder.mkdir()
+    everything(whole)
+    stops = 0
+    while True:
+        parts.stop = signal.SIGINT
+        try:
+            everything(parts)
+            break
+        except SystemExit as stopped:
+            assert stopped.code == 130
+            stops += 1
+    assert stops >= 8
+    for stage in ("pretrain", "discover", "rl", "raw"):
+        a, b = whole.load(stage), parts.load(stage)
+        for name, module in a["modules"].items():
+            for key, value in module.items():
+                assert torch.equal(value, b["modules"][name][key]), (stage, key)
+    drop_time = lambda run: [{k: v for k, v in line.items() if k != "time_s"} for line in run.metrics()]
+    assert str(drop_time(whole)) == str(drop_time(parts))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "internal_rl.py", "--preset", "tiny", "--stage", "pretrain", "--device", "cpu",
+                                "--pretrain-steps", "100000", "--out", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("pretrain:"):
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait(60) == 143 and "The same command goes on" in output
+    assert (tmp_path / "run/pretrain.pt").exists()
+
+
+def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
+    run = rl.Run(rl.Settings(**rl.PRESETS["tiny"]), tmp_path, torch.device("cpu"))
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(SystemExit) as stopped:
+        rl.train(run, "pretrain", {"base": module}, {}, generator(), 3, lambda i: {"loss": float("nan") if i else 1.0}, 1, None)
+    assert stopped.value.code == 1
+    assert "round 2" in capsys.readouterr().err and not (tmp_path / "pretrain.pt").exists()
+
+
+@pytest.mark.parametrize("arguments,word", [
+    (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"),
+    (["--layers", "3"], "layers"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
+    (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
+    (["--view", "side"], "view"), (["--threshold", "2"], "threshold"),
+    pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+])
+def test_refused_inputs(arguments, word, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        rl.main([*arguments, "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and word in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_command(tmp_path):
+    done = command("--stage", "bench", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("bench:") == 3 and not list(tmp_path.iterdir())
+
+
+def test_help_names_every_setting():
+    shown = command("--help").stdout
+    assert all("--" + setting.name.replace("_", "-") in shown for setting in rl.fields(rl.Settings))
