@@ -130,8 +130,11 @@ def distances(layouts, size):
 
 def draw_layouts(n, size, colours, walls, generator):
     """n random layouts in which every colour can be reached from the agent and from every other colour. Device: the generator's."""
-    device, kept, count = generator.device, [], 0
+    device, kept, count, tries = generator.device, [], 0, 0
     while count < n:
+        tries += 1
+        if tries > 100 + 100 * count:
+            raise ValueError(f"no solvable layout of {colours} colours and {walls} walls on {size}×{size} cells was found")
         order = torch.rand(n + n // 4 + 8, size * size, generator=generator, device=device).topk(colours + walls + 1).indices
         drawn = Layouts(order[:, 0], order[:, 1:1 + colours], order[:, 1 + colours:])
         starts = torch.cat([drawn.agent[:, None], drawn.colours], 1)[:, None].expand(-1, colours, -1)  # [B, O, 1+O]
@@ -326,7 +329,7 @@ def symmetries(size):
               (column, row), (column, flip(row)), (flip(column), row), (flip(column), flip(row))]
     cells = torch.stack([r * size + c for r, c in images])
     # An action's image is the move between the images of a cell and of its neighbour.
-    to, centre = neighbours(size), (size // 2) * size + size // 2 if size > 2 else 0
+    to = neighbours(size)
     actions = torch.zeros(8, 4, dtype=torch.long)
     for k in range(8):
         for a in range(4):

@@ -59,19 +59,20 @@ import gridworld
 
 # ============================================================================================================== settings
 
-STAGES = {  # name → the stages whose result it builds on
-    "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "discover": ["pretrain"], "rl": ["pretrain", "discover"],
-    "raw": ["pretrain", "rl"],  # the token-level baseline, run together with "rl"
+STAGES = {  # name → all the stages that it builds on, or shares settings with
+    "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"], "discover": ["pretrain", "audition"],
+    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain", "rl"],
 }
+COMMANDS = ["all", "pretrain", "probe", "steer", "discover", "rl", "bench", "figures"]  # discover includes audition, rl includes raw
 
 
-def setting(default, stage, text):
-    return field(default=default, metadata={"stage": stage, "help": text})
+def setting(default, stages, text):
+    return field(default=default, metadata={"stages": set(stages.split()), "help": text})
 
 
 @dataclass
 class Settings:
-    """Every dial, with the defaults of the `quick` preset. Each belongs to the first stage that it changes."""
+    """Every dial, with the defaults of the `quick` preset, and the first stages that it changes."""
     seed: int = setting(0, "pretrain", "random seed of everything that is trained")
     size: int = setting(5, "pretrain", "grid size G")
     colours: int = setting(4, "pretrain", "coloured cells O")
@@ -95,18 +96,20 @@ class Settings:
     probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps")
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate")
-    post_task: str = setting("0-1-2-3", "steer", "post-training task, made of withheld transitions only")
-    rank: int = setting(16, "steer", "rank of a linear controller U")
-    n_z: int = setting(8, "discover", "size of a controller code z")
-    n_h: int = setting(32, "discover", "size of the causal history h")
-    n_s: int = setting(32, "discover", "size of the trajectory summary s")
-    discover_steps: int = setting(3200, "discover", "metacontroller: training steps")
-    discover_batch: int = setting(64, "discover", "metacontroller (and labelled controllers, probe): trajectories a step")
-    discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate")
+    post_task: str = setting("0-1-2-3", "steer rl", "post-training task, made of withheld transitions only")
+    rank: int = setting(16, "steer audition", "rank of a linear controller U")
+    n_z: int = setting(8, "audition", "size of a controller code z")
+    n_h: int = setting(32, "audition", "size of the causal history h")
+    n_s: int = setting(32, "audition", "size of the trajectory summary s")
+    candidates: int = setting(5, "audition", "metacontrollers that start; the one with the most consistent codes goes on")
+    audition_steps: int = setting(720, "audition", "training steps of each candidate, without KL")
+    discover_steps: int = setting(2200, "discover", "metacontroller: further training steps of the chosen one")
+    discover_batch: int = setting(64, "probe steer audition", "metacontroller (and labelled controllers, probe): trajectories a step")
+    discover_lr: float = setting(3e-3, "audition", "metacontroller: learning rate")
     alpha: float = setting(0.15, "discover", "α, weight of the KL term")
-    alpha_free: float = setting(0.45, "discover", "share of the steps before α starts to rise from 0")
-    alpha_ramp: float = setting(0.25, "discover", "share of the steps over which α rises to its value")
-    mirror: bool = setting(True, "discover", "decode each code in a randomly mirrored copy of its world")
+    alpha_free: float = setting(0.2, "discover", "share of the steps before α starts to rise from 0")
+    alpha_ramp: float = setting(0.35, "discover", "share of the steps over which α rises to its value")
+    mirror: bool = setting(True, "audition", "decode each code in a randomly mirrored copy of its world")
     rl_episodes: int = setting(150_000, "rl", "episodes for internal RL, and again for token-level RL")
     rl_batch: int = setting(1024, "rl", "episodes an update")
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy")
@@ -117,15 +120,15 @@ class Settings:
     policy_width: int = setting(128, "rl", "hidden width of the policy")
     std_start: float = setting(1.0, "rl", "policy standard deviation at the start")
     std_end: float = setting(0.25, "rl", "policy standard deviation at the end")
-    threshold: float = setting(0.5, "rl", "β above this switches (hard gate)")
+    threshold: float = setting(0.5, "audition rl", "β above this switches (hard gate)")
 
 
 PRESETS = {
     "quick": {},
-    "tiny": dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, discover_steps=64,
+    "tiny": dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32, discover_steps=64,
                  discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128),
     # The paper's sizes and schedules (Tables A1, A4, A7, A9, A13, A16).
-    "paper": dict(size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", view="absolute", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
+    "paper": dict(next_obs=0.01, candidates=1, audition_steps=1, size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", view="absolute", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
                   width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, weight_decay=0.03,
                   cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
                   discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
@@ -345,7 +348,8 @@ class Metacontroller(nn.Module):
         self.history = nn.GRU(width, config.n_h, batch_first=True)  # Eq. 12
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.embedder = nn.GRU(width, config.n_s, batch_first=True)  # Eq. 13
-        self.encoder = nn.Sequential(nn.Linear(width + config.n_h + config.n_s, 64), nn.ReLU(), nn.Linear(64, 2 * config.n_z))
+        # differs from the paper: the encoder reads e_t only through h_t, because directions and distances then fit less easily into a code.
+        self.encoder = nn.Sequential(nn.Linear(config.n_h + config.n_s, 64), nn.ReLU(), nn.Linear(64, 2 * config.n_z))
         self.switch_in, self.switch_z = nn.Linear(width + config.n_h, 64), nn.Linear(config.n_z, 64, bias=False)
         self.switch_out = nn.Linear(64, 1)
         # f_hyp: an MLP from z to the matrices A(z) and B(z), its last layer's weights (and, as row J, its bias) kept as tensors.
@@ -363,10 +367,10 @@ class Metacontroller(nn.Module):
     def propose(self, e, length):
         """The non-causal half, on normalised residuals: e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch features [B, T+1, 64]."""
         h, _ = self.history(e)
-        h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start: [B, T+1, n_h]
+        before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start: [B, T+1, n_h]
         s = self.embedder(e)[0][torch.arange(len(e), device=e.device), length]  # after the last observation: [B, n_s]
-        mu, log_sigma = self.encoder(torch.cat([e, h, s[:, None].expand(-1, e.shape[1], -1)], -1)).chunk(2, -1)  # Eq. 15
-        return mu, log_sigma.clamp(-6, 3), self.switch_in(torch.cat([e, h], -1))
+        mu, log_sigma = self.encoder(torch.cat([h, s[:, None].expand(-1, e.shape[1], -1)], -1)).chunk(2, -1)  # Eq. 15
+        return mu, log_sigma.clamp(-6, 3), self.switch_in(torch.cat([e, before], -1))
 
     def forward(self, e, length, generator):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], beta [B, T+1], mu, log_sigma [B, T+1, Z]"""
@@ -393,18 +397,28 @@ class Metacontroller(nn.Module):
         return e + (hidden * read).flatten(-2) @ self.write.flatten(0, 1)
 
 
-def discovery_loss(config, base, meta, batch, alpha, generator):
-    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Returns (loss, parts, β)."""
+def two_worlds(config, base, batch, generator):
+    """Residuals of the trajectories, from which codes are inferred, and of the world in which they are decoded.
+
+    Returns (e [B, T+1, C], e_world [B, T, C], world). The base model is frozen; gradients only flow back through its upper blocks.
+    """
+    # differs from the paper: codes are decoded in a mirrored copy of the world, because a code that means "go up" explains nothing there.
     world = mirrored(config, batch, generator) if config.mirror else batch
-    with torch.no_grad():  # the base model is frozen; gradients only flow back through its upper blocks
+    with torch.no_grad():
         e = base.lower(base_inputs(config, batch.objects, batch.agent))
-        # differs from the paper: codes are decoded in a mirrored copy of the world, because a code that means "go up" then explains nothing.
         e_world = base.lower(base_inputs(config, world.objects, world.agent)) if config.mirror else e
-    z, beta, mu, log_sigma = meta(e, batch.length, generator)
-    time = batch.action.shape[1]
-    nll = action_loss(base.upper(meta.control(e_world[:, :time], z[:, :time])), world)
-    kl = kl_to_standard_normal(mu, log_sigma)[:, :time][batch.valid].mean()
+    return e, e_world[:, :batch.action.shape[1]], world
+
+
+def discovery_loss(base, meta, e, e_world, world, alpha, generator):
+    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Arguments as from `two_worlds`.
+    Returns (loss, parts, β [B, T+1])."""
+    z, beta, mu, log_sigma = meta(e, world.length, generator)
+    valid = world.valid
+    nll = action_loss(base.upper(meta.control(e_world, z[:, :valid.shape[1]])), world)
+    kl = kl_to_standard_normal(mu, log_sigma)[:, :valid.shape[1]][valid].mean()
     return nll + alpha * kl, {"nll": nll.item(), "kl": kl.item()}, beta
+
 
 # =========================================================================================== acting in the environment
 
@@ -602,8 +616,7 @@ def gate_scores(beta, batch, threshold):
 
 def explained_variance(x, y):
     """R² of a linear read-out of y [n, D] from x [n, Z], fitted on one half of the rows and scored on the other."""
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1).double()
-    y = y.double()
+    x, y = torch.cat([x, torch.ones_like(x[:, :1])], 1).cpu().double(), y.cpu().double()
     half = len(x) // 2
     weight = torch.linalg.lstsq(x[:half], y[:half]).solution
     residual = y[half:] - x[half:] @ weight
@@ -663,7 +676,8 @@ class Run:
 
     def metrics(self):
         file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}\n")]  # a killed run may have left half a line
 
     def rewind_log(self, stage, step):
         """Forgets what `stage` wrote after `step`: it will be written again."""
@@ -690,7 +704,7 @@ class Run:
         needed = {stage, *STAGES[stage]}
         for setting in fields(Settings):
             mine = getattr(self.config, setting.name)
-            if setting.metadata["stage"] in needed and theirs.get(setting.name) != mine:
+            if setting.metadata["stages"] & needed and theirs.get(setting.name) != mine:
                 refuse(f"{path} was made with {setting.name}={theirs.get(setting.name)}, not {mine}; choose another --out or delete it")
         return saved
 
@@ -700,10 +714,8 @@ def refuse(message):
     raise SystemExit(2)
 
 
-def learning_rate(config, peak, step, steps):
-    """Constant, or 200 steps of warm-up (a tenth of a short run) and a cosine down to 2% of the peak."""
-    if not config.cosine:
-        return peak
+def learning_rate(peak, step, steps):
+    """200 steps of warm-up (a tenth of a short run), then a cosine down to 2% of the peak."""
     warm_up = min(200, steps // 10 + 1)
     return peak * min(1, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -758,7 +770,7 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
             raise SystemExit(128 + run.stop)
 
 
-def supervised(run, stage, modules, parameters, peak, steps, loss_of, epsilon=0.0, watch=None):
+def supervised(run, stage, modules, parameters, peak, steps, loss_of, epsilon=0.0, watch=None, constant=False):
     """Trains `parameters` on fresh expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
     One round is a pool of batches, dealt out by length."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
@@ -769,7 +781,7 @@ def supervised(run, stage, modules, parameters, peak, steps, loss_of, epsilon=0.
         totals = {}
         for j, batch in enumerate(expert_batches(config, batch_size, generator, epsilon, pool)):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, peak, i * pool + j, steps)
+                group["lr"] = peak if constant or not config.cosine else learning_rate(peak, i * pool + j, steps)
             loss, parts = loss_of(batch, i * pool + j, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -836,7 +848,7 @@ def bayes_floor(run):
 def probe(run, base):
     """Stage 2a: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1)"""
     config = run.config
-    probe = Probe(config).to(run.device)
+    probe, held_out = Probe(config).to(run.device), expert_batch(config, 1024, run.evaluation_generator())
 
     def of_batch(batch):
         with torch.no_grad():
@@ -847,10 +859,12 @@ def probe(run, base):
         logits, goal = of_batch(batch)
         return F.cross_entropy(logits.flatten(0, 1), goal.repeat(len(logits))) * len(logits), {}
 
-    supervised(run, "probe", {"probe": probe}, list(probe.parameters()), config.probe_lr, config.probe_steps, loss_of)
-    with torch.no_grad():
-        logits, goal = of_batch(expert_batch(config, 1024, run.evaluation_generator()))
-    return {"probe_accuracy": [round(x, 4) for x in (logits.argmax(-1) == goal).float().mean(1).tolist()]}
+    @torch.no_grad()
+    def watch(done):
+        logits, goal = of_batch(held_out)
+        return {"probe_accuracy": [round(x, 4) for x in (logits.argmax(-1) == goal).float().mean(1).tolist()]}
+
+    supervised(run, "probe", {"probe": probe}, list(probe.parameters()), config.probe_lr, config.probe_steps, loss_of, watch=watch)
 
 
 def steer(run, base):
@@ -881,6 +895,17 @@ def alpha_at(config, step):
     return config.alpha * min(1.0, max(0.0, (progress - config.alpha_free) / max(config.alpha_ramp, 1e-9)))
 
 
+def held_share(run, base, meta):
+    """32 random codes, each held in 64 layouts: how often does a code reach its favourite colour first? The favourite is found
+    on one half of the layouts and scored on the other. Needs no hidden label: visits can be seen."""
+    generator = run.evaluation_generator(5)
+    codes = torch.randn(32, run.config.n_z, generator=generator, device=run.device)
+    find, score = (held_codes(run.config, base, meta, codes, evaluation_layouts(run, 32, number), generator) for number in (6, 7))
+    favourite = find[:, :-1].argmax(1)
+    share = score.gather(1, favourite[:, None])[:, 0] / score.sum(1)
+    return {"held_share": share.mean().item(), "held_colours": len(favourite.unique())}
+
+
 @torch.no_grad()
 def inspect_codes(run, base, meta):
     """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
@@ -888,23 +913,42 @@ def inspect_codes(run, base, meta):
     batch = expert_batch(config, 512, run.evaluation_generator())
     _, beta, mu, _ = meta(base.lower(base_inputs(config, batch.objects, batch.agent)), batch.length, generator)
     precision, recall = gate_scores(beta, batch, config.threshold)
-    codes = torch.randn(32, config.n_z, generator=generator, device=run.device)
-    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, 64), generator)
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
-            "held_share": (reached[:, :-1].max(1).values / reached.sum(1)).mean().item(),
-            "held_colours": len(reached[:, :-1].argmax(1).unique())}
+            **held_share(run, base, meta)}
+
+
+def audition(run, base):
+    """Stage 3a: several metacontrollers start without KL; returns the one whose held codes most consistently mean one colour.
+
+    What a code comes to mean, the subgoal or only its distance, is decided early and by chance.
+    """
+    # differs from the paper: selection among metacontrollers by their codes, where the paper selects by the success of RL.
+    config = run.config
+    torch.manual_seed(config.seed)
+    metas = nn.ModuleList(Metacontroller(config) for _ in range(config.candidates)).to(run.device)
+
+    def loss_of(batch, step, generator):
+        worlds = two_worlds(config, base, batch, generator)
+        losses = [discovery_loss(base, meta, *worlds, 0.0, generator)[0] for meta in metas]
+        return sum(losses), {f"nll_{i}": loss.item() for i, loss in enumerate(losses)}
+
+    supervised(run, "audition", {"metas": metas}, list(metas.parameters()), config.discover_lr, config.audition_steps, loss_of,
+               constant=True)
+    shares = [held_share(run, base, meta)["held_share"] for meta in metas]
+    best = int(np.argmax(shares))
+    print("audition: consistency of the codes", " ".join(f"{share:.3f}" for share in shares), f"→ candidate {best}", flush=True)
+    return metas[best]
 
 
 def discover(run, base):
-    """Stage 3: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
+    """Stage 3b: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
     config = run.config
-    torch.manual_seed(config.seed)
-    meta = Metacontroller(config).to(run.device)
+    meta = audition(run, base)
     print(f"discover: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
 
     def loss_of(batch, step, generator):
         alpha = alpha_at(config, step)
-        loss, parts, beta = discovery_loss(config, base, meta, batch, alpha, generator)
+        loss, parts, beta = discovery_loss(base, meta, *two_worlds(config, base, batch, generator), alpha, generator)
         return loss, {**parts, "alpha": alpha, "beta": beta[:, 1:-1][batch.valid[:, 1:]].mean().item()}
 
     supervised(run, "discover", {"meta": meta}, list(meta.parameters()), config.discover_lr, config.discover_steps, loss_of,
@@ -962,14 +1006,14 @@ def bench(run):
     generator = run.evaluation_generator()
     base, meta = frozen(Base(config).to(run.device)), Metacontroller(config).to(run.device)
     batch = expert_batch(config, 64, generator)
-    time_ = 32  # exactly T = 32: cut or repeat the last position
+    time_ = 32  # exactly T = 32: cut or padded
     fit = lambda x, n: F.pad(x[:, :n], (0, max(0, n - x.shape[1])))
     batch = Batch(batch.objects, fit(batch.agent, time_ + 1), fit(batch.action, time_), fit(batch.subgoal, time_),
                   torch.full_like(batch.length, time_))
     optimizer = torch.optim.AdamW(meta.parameters())
 
     def discovery_step():
-        loss, _, _ = discovery_loss(config, base, meta, batch, 0.1, generator)
+        loss, _, _ = discovery_loss(base, meta, *two_worlds(config, base, batch, generator), 0.1, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1007,10 +1051,9 @@ def bench(run):
               "environment_million_steps_per_s": actions.numel() / seconds(environment_steps) / 1e6}
     for name, value in result.items():
         print(f"bench: {name} {value:.2f}")
-    return result
 
 
-def figures(run, base, controllers, meta, policy):
+def figures(run, base, meta, policy):
     """All pictures, from the checkpoints and metrics.jsonl."""
     import matplotlib
     matplotlib.use("Agg")
@@ -1041,10 +1084,10 @@ def figures(run, base, controllers, meta, policy):
     finish("gates.png")
 
     # Probe accuracy by layer (Fig. 3, A1)
-    accuracy = next(line["probe_accuracy"] for line in reversed(run.metrics()) if "probe_accuracy" in line)
+    accuracy = last_metric(run, "probe", "probe_accuracy")
     plt.figure(figsize=(5, 3))
     plt.plot(range(len(accuracy)), accuracy, "o-", color="black")
-    plt.axvline(config.layers // 2, ls=":", color="gray")
+    plt.axvline(base.half, ls=":", color="gray")
     plt.xticks(range(len(accuracy)))
     plt.xlabel("layer l (dotted: control layer)")
     plt.ylabel("subgoal accuracy of a linear probe")
@@ -1079,7 +1122,7 @@ def figures(run, base, controllers, meta, policy):
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncol=config.colours + 1, frameon=False)
     finish("codes.png")
 
-    # One episode of internal RL: film strip and animation, the frame colour says what the code in force would reach first
+    # A shortest solved episode of internal RL, if there is one: film strip and animation
     layouts = evaluation_layouts(run, 64, number=10)
     control = acting_control(run, meta, policy, len(layouts), 0.0)
     episodes = play(config, base, layouts, task, run.evaluation_generator(11), control)
@@ -1140,14 +1183,12 @@ def run_stages(run, stage):
     def wanted(name):
         return stage in ("all", "figures", name)
 
-    result, started = {}, time.time()
+    result = {}
     base = pretrain(run)
     result["gap"] = last_metric(run, "pretrain", "gap")
     if wanted("probe"):
-        accuracy = probe(run, base)
-        run.log(stage="probe", step=0, time_s=0.0, **accuracy)
-        result["probe_best"] = max(accuracy["probe_accuracy"])
-        print(f"probe: accuracy by layer {accuracy['probe_accuracy']}", flush=True)
+        probe(run, base)
+        result["probe_best"] = max(last_metric(run, "probe", "probe_accuracy"))
     if wanted("steer"):
         controllers = steer(run, base)
         order = subgoal_order(run.config, run.device)
@@ -1164,13 +1205,17 @@ def run_stages(run, stage):
         result["raw_success"] = success_rate(run, reinforcement(run, base, meta, "raw"))
         print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, raw {result['raw_success']:.4f}", flush=True)
     if wanted("figures"):
-        figures(run, base, controllers, meta, policy)
-    result["seconds"] = round(time.time() - started, 1)
+        figures(run, base, meta, policy)
+    seconds = {line["stage"]: line["time_s"] for line in run.metrics()}  # the last line of each stage
+    result["seconds"] = round(sum(seconds.values()), 1)
     return result
 
 
 def last_metric(run, stage, name):
-    return next(line[name] for line in reversed(run.metrics()) if line["stage"] == stage and name in line)
+    for line in reversed(run.metrics()):
+        if line["stage"] == stage and name in line:
+            return line[name]
+    refuse(f"{run.folder}/metrics.jsonl lacks {name} of {stage}, though {stage}.pt is finished; copy it too, or delete {stage}.pt")
 
 
 def print_table(results):
@@ -1193,7 +1238,7 @@ def parse_arguments(arguments):
                     description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes.", allow_abbrev=False)
     parser.add_argument("--task", choices=["gridworld"], default="gridworld", help="environment")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
-    parser.add_argument("--stage", choices=["all", *(s for s in STAGES if s != "raw"), "bench", "figures"], default="all",
+    parser.add_argument("--stage", choices=COMMANDS, default="all",
                         help="what to run; the stages it builds on are reused or run first")
     parser.add_argument("--seeds", default=None, metavar="0,1,2", help="several seeds one after another (overrides --seed)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
@@ -1211,6 +1256,7 @@ def check(config):
     """Refuses settings that cannot work, in one line each."""
     try:
         gridworld.check_sizes(config.size, config.colours, config.walls, config.max_steps)
+        gridworld.draw_layouts(1, config.size, config.colours, config.walls, torch.Generator())
         task = gridworld.parse_task(config.post_task, config.colours)
         if config.subgoals not in gridworld.SUBGOALS:
             raise ValueError(f"subgoals {config.subgoals!r} is none of {list(gridworld.SUBGOALS)}")
@@ -1223,12 +1269,16 @@ def check(config):
             raise ValueError(f"post_task {config.post_task!r} names a colour that no pretraining task visits")
         if config.width % config.heads:
             raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
-        positive = ("width", "heads", "mlp", "rank", "n_z", "n_h", "n_s", "pretrain_steps", "pretrain_batch", "probe_steps", "steer_steps",
+        positive = ("candidates", "audition_steps", "width", "heads", "mlp", "rank", "n_z", "n_h", "n_s", "pretrain_steps", "pretrain_batch", "probe_steps", "steer_steps",
                     "discover_steps", "discover_batch", "rl_episodes", "rl_batch", "rl_epochs", "rl_minibatch", "policy_width",
                     "pretrain_lr", "probe_lr", "steer_lr", "discover_lr", "rl_lr", "raw_lr", "clip", "std_start", "std_end")
         for name in positive:
             if not 0 < getattr(config, name) < math.inf:
                 raise ValueError(f"{name} {getattr(config, name)} is not positive")
+        if config.max_steps < 10:
+            raise ValueError(f"max_steps {config.max_steps} is less than 10, too short for the pretraining tasks")
+        if config.seed >= 2 ** 40:
+            raise ValueError(f"seed {config.seed} is too large")
         if config.layers < 2 or config.layers % 2:
             raise ValueError(f"layers {config.layers} is not an even number of at least 2")
         for name in ("epsilon", "alpha_free", "alpha_ramp", "threshold"):
@@ -1267,27 +1317,34 @@ def main(arguments=None):
         runs.append(Run(config, folder if options.out and len(seeds) == 1 else f"{folder}-s{seed}", device))
 
     for run in runs:
+        for stage in STAGES if options.stage != "bench" else []:
+            run.load(stage)  # refuse before anything is written
+        if run.folder.is_file():
+            refuse(f"--out {run.folder} is a file")
+
+    for run in runs:
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device} ({name}), torch {torch.__version__}", flush=True)
         if options.stage == "bench":
             bench(run)
             return
-        for stage in STAGES:
-            run.load(stage)  # refuse before anything is written
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
         print(f"writing {run.folder}/: config.json, metrics.jsonl, a checkpoint a stage, figures", flush=True)
 
         def stop(number, frame):
             if run.stop is not None:
-                raise KeyboardInterrupt
+                raise SystemExit(128 + number)
             run.stop = number
             print("\nstopping at the end of this round (again: at once)", flush=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         results[run.config.seed] = run_stages(run, options.stage)
-        (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
+        if options.stage == "all":
+            (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
+        if run.stop is not None:
+            raise SystemExit(128 + run.stop)
     print_table(results)
 
 

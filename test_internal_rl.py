@@ -291,7 +291,8 @@ def test_zero_control_leaves_the_base_unchanged(base, meta, batch):
         meta.write.zero_()
     assert torch.equal(meta.control(e, torch.randn(*e.shape[:2], 8)), e)
     assert torch.equal(rl.LabelledControllers(CONFIG)(e[:, :-1], batch.subgoal), e[:, :-1])
-    loss, parts, _ = rl.discovery_loss(replace(CONFIG, mirror=False), base, meta, batch, 0.0, generator())
+    worlds = rl.two_worlds(replace(CONFIG, mirror=False), base, batch, generator())
+    loss, parts, _ = rl.discovery_loss(base, meta, *worlds, 0.0, generator())
     assert loss.item() == pytest.approx(rl.action_loss(base(inputs(batch)), batch).item(), abs=1e-6)
 
 
@@ -347,7 +348,7 @@ def test_history_excludes_the_present(base, meta, batch):
 
 def test_gradient_reaches_every_trainable_and_no_frozen_parameter(base, meta, batch):
     rl.frozen(base)
-    loss, _, _ = rl.discovery_loss(CONFIG, base, meta, batch, 0.1, generator())
+    loss, _, _ = rl.discovery_loss(base, meta, *rl.two_worlds(CONFIG, base, batch, generator()), 0.1, generator())
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
     assert all(p.grad is None for p in base.parameters())
@@ -421,7 +422,8 @@ def command(*arguments, **options):
     return subprocess.run([sys.executable, HERE / "internal_rl.py", *map(str, arguments)], capture_output=True, text=True, **options)
 
 
-SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--discover-steps", 32)
+SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--discover-steps", 32,
+         "--audition-steps", 16)
 
 
 def test_tiny_run_end_to_end(tmp_path):
@@ -429,7 +431,7 @@ def test_tiny_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "token-level RL" in done.stdout
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "discover.pt", "rl.pt", "raw.pt",
+    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "audition.pt", "discover.pt", "rl.pt", "raw.pt",
                      "gates.png", "probe.png", "success.png", "codes.png", "episode.png", "episode.gif"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
@@ -448,7 +450,7 @@ def test_tiny_run_end_to_end(tmp_path):
 
 def test_resumed_run_equals_uninterrupted(tmp_path):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
-    config = rl.Settings(**{**rl.PRESETS["tiny"], "pretrain_steps": 48, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
+    config = rl.Settings(**{**rl.PRESETS["tiny"], "pretrain_steps": 48, "audition_steps": 32, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
                             "steer_steps": 16})
 
     def everything(run):
@@ -471,7 +473,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
             assert stopped.code == 130
             stops += 1
     assert stops >= 8
-    for stage in ("pretrain", "discover", "rl", "raw"):
+    for stage in ("pretrain", "audition", "discover", "rl", "raw"):
         a, b = whole.load(stage), parts.load(stage)
         for name, module in a["modules"].items():
             for key, value in module.items():
@@ -505,7 +507,7 @@ def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments,word", [
     (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"),
-    (["--layers", "3"], "layers"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
+    (["--layers", "3"], "layers"), (["--size", "3", "--walls", "4"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
     (["--view", "side"], "view"), (["--threshold", "2"], "threshold"),
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
