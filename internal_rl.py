@@ -61,7 +61,7 @@ import gridworld
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"], "discover": ["pretrain", "audition"],
-    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain", "rl"],
+    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"],
 }
 COMMANDS = ["all", "pretrain", "probe", "steer", "discover", "rl", "bench", "figures"]  # discover includes audition, rl includes raw
 
@@ -96,7 +96,7 @@ class Settings:
     probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps")
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate")
-    post_task: str = setting("0-1-2-3", "steer rl", "post-training task, made of withheld transitions only")
+    post_task: str = setting("0-1-2-3", "steer rl raw", "post-training task, made of withheld transitions only")
     rank: int = setting(16, "steer audition", "rank of a linear controller U")
     n_z: int = setting(8, "audition", "size of a controller code z")
     n_h: int = setting(32, "audition", "size of the causal history h")
@@ -110,15 +110,15 @@ class Settings:
     alpha_free: float = setting(0.2, "discover", "share of the steps before α starts to rise from 0")
     alpha_ramp: float = setting(0.35, "discover", "share of the steps over which α rises to its value")
     mirror: bool = setting(True, "audition", "decode each code in a randomly mirrored copy of its world")
-    rl_episodes: int = setting(150_000, "rl", "episodes for internal RL, and again for token-level RL")
-    rl_batch: int = setting(1024, "rl", "episodes an update")
+    rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and again for token-level RL")
+    rl_batch: int = setting(1024, "rl raw", "episodes an update")
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy")
-    raw_lr: float = setting(1e-4, "rl", "token-level RL: learning rate of the base model")
-    rl_epochs: int = setting(3, "rl", "passes over each batch of episodes")
-    rl_minibatch: int = setting(256, "rl", "episodes a gradient step")
-    clip: float = setting(0.2, "rl", "PPO clip range")
+    raw_lr: float = setting(1e-4, "raw", "token-level RL: learning rate of the base model")
+    rl_epochs: int = setting(3, "rl raw", "passes over each batch of episodes")
+    rl_minibatch: int = setting(256, "rl raw", "episodes a gradient step")
+    clip: float = setting(0.2, "rl raw", "PPO clip range")
     policy_width: int = setting(128, "rl", "hidden width of the policy")
-    std_start: float = setting(1.0, "rl", "policy standard deviation at the start")
+    std_start: float = setting(3.0, "rl", "policy standard deviation at the start (1 is the prior of the codes)")
     std_end: float = setting(0.25, "rl", "policy standard deviation at the end")
     threshold: float = setting(0.5, "audition rl", "β above this switches (hard gate)")
 
@@ -132,7 +132,7 @@ PRESETS = {
                   width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, weight_decay=0.03,
                   cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
                   discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
-                  rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_end=1.0),
+                  rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
 }
 
 # ========================================================================================================== expert data
@@ -186,6 +186,7 @@ def mirrored(config, batch, generator):
 
 def base_inputs(config, objects, agent):
     """objects [B, N], agent [B, T] → [B, T, N+1], the positions of the ones in the observation vectors."""
+    # differs from the paper: egocentric offsets (--view absolute for its one-hots), because they are learned about three times faster.
     return gridworld.INPUTS[config.view](objects, agent, config.size, config.colours)
 
 
@@ -716,6 +717,7 @@ def refuse(message):
 
 def learning_rate(peak, step, steps):
     """200 steps of warm-up (a tenth of a short run), then a cosine down to 2% of the peak."""
+    # differs from the paper: larger rates that decay (--no-cosine for constant ones), because there are far fewer steps.
     warm_up = min(200, steps // 10 + 1)
     return peak * min(1, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -821,6 +823,7 @@ def pretrain(run):
     held_out = expert_batch(config, 1024, run.evaluation_generator(), config.epsilon)
 
     def loss_of(batch, step, generator):
+        # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they make a third more steps in the same time.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             loss, action_part = pretraining_loss(config, base, batch)
         return loss, {"nll": action_part.item()}
@@ -846,7 +849,7 @@ def bayes_floor(run):
 
 
 def probe(run, base):
-    """Stage 2a: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1)"""
+    """Stage 2: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1)"""
     config = run.config
     probe, held_out = Probe(config).to(run.device), expert_batch(config, 1024, run.evaluation_generator())
 
@@ -868,7 +871,7 @@ def probe(run, base):
 
 
 def steer(run, base):
-    """Stage 2b: controllers trained with the true subgoal, activated in the order of the post-training task (Fig. 4)."""
+    """Stage 3: controllers trained with the true subgoal, activated in the order of the post-training task (Fig. 4)."""
     config = run.config
     torch.manual_seed(config.seed)
     controllers = LabelledControllers(config).to(run.device)
@@ -890,7 +893,8 @@ def subgoal_order(config, device):
 
 
 def alpha_at(config, step):
-    """α: 0 for a while, then up to its value. With α > 0 from the start the codes collapse before they mean anything."""
+    """α: 0 for a while, then up to its value."""
+    # differs from the paper: not constant, because with α > 0 from the start the codes collapse before they mean anything.
     progress = step / config.discover_steps
     return config.alpha * min(1.0, max(0.0, (progress - config.alpha_free) / max(config.alpha_ramp, 1e-9)))
 
@@ -918,7 +922,7 @@ def inspect_codes(run, base, meta):
 
 
 def audition(run, base):
-    """Stage 3a: several metacontrollers start without KL; returns the one whose held codes most consistently mean one colour.
+    """Stage 4, first half: several metacontrollers start without KL; returns the one whose held codes most consistently mean one colour.
 
     What a code comes to mean, the subgoal or only its distance, is decided early and by chance.
     """
@@ -941,7 +945,7 @@ def audition(run, base):
 
 
 def discover(run, base):
-    """Stage 3b: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
+    """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
     config = run.config
     meta = audition(run, base)
     print(f"discover: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
@@ -958,12 +962,13 @@ def discover(run, base):
 
 def policy_std(config, progress):
     """The policy's standard deviation falls linearly from std_start to std_end over the run."""
-    # differs from the paper: scheduled instead of learned, because a learned one shrinks before anything is found.
+    # differs from the paper: scheduled instead of learned, because a learned one shrinks before anything is found; it starts wider than
+    # the prior, because typical codes are too weak to overrule the base model's belief that a withheld transition never happens.
     return config.std_start + (config.std_end - config.std_start) * progress
 
 
 def reinforcement(run, base, meta, method):
-    """Stage 4: 'internal' trains a policy over codes, 'raw' the base model itself; the same episodes and update (Fig. 8)."""
+    """Stage 5: 'internal' trains a policy over codes, 'raw' the base model itself; the same episodes and update (Fig. 8)."""
     config, stage = run.config, "rl" if method == "internal" else "raw"
     torch.manual_seed(config.seed)
     task = gridworld.parse_task(config.post_task, config.colours)
@@ -1345,7 +1350,12 @@ def main(arguments=None):
             (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
         if run.stop is not None:
             raise SystemExit(128 + run.stop)
-    print_table(results)
+    if results:
+        print_table(results)
+    if len(results) > 1:
+        together = Path(f"{folder}-results.json")
+        together.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwritten to {together}")
 
 
 if __name__ == "__main__":

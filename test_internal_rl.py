@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are tiny; several threads only get in each other's way
+
 import numpy as np
 import pytest
 import torch
