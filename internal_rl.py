@@ -518,6 +518,13 @@ class Policy(nn.Module):
         out, memory = self.memory(F.relu(self.embed(self.norm(e))), memory)
         return self.mean(out), memory
 
+    def replay(self, e, count):
+        """The means of whole episodes of count [B] switches: e [B, S, C] → [B, S, Z]. As `forward`, without working on padding."""
+        x = F.relu(self.embed(self.norm(e)))
+        packed = nn.utils.rnn.pack_padded_sequence(x, count.cpu(), batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.memory(packed)[0], batch_first=True, total_length=x.shape[1])
+        return self.mean(out)
+
 
 def gaussian_log_prob(z, mean, std):
     """ln N(z; mean, std² I), summed over the code's dimensions: [..., Z] → [...]"""
@@ -583,7 +590,7 @@ def internal_rl_round(config, base, meta, policy, optimizer, layouts, task, std,
     e, z, old = actor.e[:, :steps], actor.z[:, :steps], actor.log_prob[:, :steps]
     mask = torch.arange(steps, device=e.device) < actor.count[:, None]
     loss = reinforce(config, list(policy.parameters()), optimizer, episodes.success,
-                     lambda rows: gaussian_log_prob(z[rows], policy(e[rows])[0], std), old, mask, generator)
+                     lambda rows: gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]), std), old, mask, generator)
     return {"loss": loss, "success": episodes.success.mean().item(), "switches": actor.count.float().mean().item()}
 
 
@@ -1102,11 +1109,11 @@ def figures(run, base, meta, policy):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     for method, colour in (("internal", palette[1]), ("raw", palette[0])):
         lines = [line for line in run.metrics() if line.get("method") == method]
-        episodes, success = [line["episodes"] for line in lines], np.array([line["success"] for line in lines])
+        episodes, success = [line["episodes"] / 1000 for line in lines], np.array([line["success"] for line in lines])
         axes[0].plot(episodes, success, color=colour, label={"internal": "internal RL", "raw": "token-level RL"}[method])
         axes[1].semilogy(episodes, success.clip(min=0.5 / config.rl_batch), color=colour)
-    axes[0].set(xlabel="episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
-    axes[1].set(xlabel="episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
+    axes[0].set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
+    axes[1].set(xlabel="thousand episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
     axes[0].legend()
     finish("success.png")
 

@@ -391,6 +391,7 @@ def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(bas
         replayed = rl.gaussian_log_prob(actor.z, mean, 0.7)
         mask = torch.arange(actor.z.shape[1]) < actor.count[:, None]
         assert torch.allclose(replayed[mask], actor.log_prob[mask], atol=1e-4)
+        assert torch.allclose(policy.replay(actor.e, actor.count)[mask], mean[mask], atol=1e-5)
         mean_later, _ = policy(torch.cat([actor.e[:, :1], actor.e[:, 1:] + 1], 1))
         assert torch.equal(mean[:, 0], mean_later[:, 0])
 
