@@ -510,7 +510,7 @@ def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments,word", [
     (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"),
-    (["--layers", "3"], "layers"), (["--size", "3", "--walls", "4"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
+    (["--layers", "3"], "layers"), (["--size", "3", "--subgoals", "pairs", "--colours", "8", "--walls", "0"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
     (["--view", "side"], "view"), (["--threshold", "2"], "threshold"),
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
