@@ -628,7 +628,7 @@ def explained_variance(x, y):
     half = len(x) // 2
     weight = torch.linalg.lstsq(x[:half], y[:half]).solution
     residual = y[half:] - x[half:] @ weight
-    return 1 - (residual.var(0).sum() / y[half:].var(0).sum()).item()
+    return round(1 - (residual.var(0).sum() / y[half:].var(0).sum()).item(), 4)  # LAPACK's last digits depend on memory alignment
 
 
 def code_scores(config, mu, beta, batch):
@@ -1175,17 +1175,17 @@ def figures(run, base, meta, policy):
 
 # ==================================================================================================================== main
 
-EXPECT = {  # name → (what it is, what to expect of the quick preset)
-    "gap": ("base model above the exact Bayes floor, nats per action", "≤ 0.08"),
-    "probe_best": ("linear probe of the hidden subgoal, best layer", "≈ 0.5"),
-    "base_success": ("base model alone on the post-training task", "≤ 0.01"),
-    "steer_success": ("labelled controllers on the post-training task", "≥ 0.5"),
-    "gate_precision": ("gate precision, ±1 step", "≥ 0.9"),
-    "gate_recall": ("gate recall, ±1 step", "≥ 0.9"),
-    "goal_accuracy": ("subgoal read from the code by nearest centroid", "≥ 0.9"),
-    "held_share": ("one held random code reaches the same colour (chance 1/K)", "≥ 0.6"),
-    "internal_success": ("internal RL, success on held-out layouts", "≥ 0.6"),
-    "raw_success": ("token-level RL, success on held-out layouts", "≤ 0.01"),
+EXPECT = {  # name → (what it is, median of three seeds of the quick preset)
+    "gap": ("base model above the exact Bayes floor, nats per action", "0.04"),
+    "probe_best": ("linear probe of the hidden subgoal, best layer", "0.53"),
+    "base_success": ("base model alone on the post-training task", "0"),
+    "steer_success": ("labelled controllers on the post-training task", "0.75"),
+    "gate_precision": ("gate precision, ±1 step", "1"),
+    "gate_recall": ("gate recall, ±1 step", "1"),
+    "goal_accuracy": ("subgoal read from the code by nearest centroid", "1"),
+    "held_share": ("one held random code reaches the same colour (chance 1/K)", "0.74"),
+    "internal_success": ("internal RL, success on held-out layouts", "0.61"),
+    "raw_success": ("token-level RL, success on held-out layouts", "0"),
     "seconds": ("seconds of all stages", ""),
 }
 
@@ -1232,7 +1232,7 @@ def last_metric(run, stage, name):
 
 def print_table(results):
     """One column a seed, then the median and what to expect."""
-    print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   expected (quick)")
+    print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   quick, 3 seeds")
     for name, (text, expected) in EXPECT.items():
         values = [result.get(name) for result in results.values()]
         if None not in values:
