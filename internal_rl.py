@@ -186,7 +186,7 @@ def mirrored(config, batch, generator):
 
 def base_inputs(config, objects, agent):
     """objects [B, N], agent [B, T] → [B, T, N+1], the positions of the ones in the observation vectors."""
-    # differs from the paper: egocentric offsets (--view absolute for its one-hots), because they are learned about three times faster.
+    # differs from the paper: egocentric offsets (--view absolute for its one-hots), because they are learned faster.
     return gridworld.INPUTS[config.view](objects, agent, config.size, config.colours)
 
 
@@ -830,7 +830,7 @@ def pretrain(run):
     held_out = expert_batch(config, 1024, run.evaluation_generator(), config.epsilon)
 
     def loss_of(batch, step, generator):
-        # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they make a third more steps in the same time.
+        # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they are faster on recent CPUs.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             loss, action_part = pretraining_loss(config, base, batch)
         return loss, {"nll": action_part.item()}
@@ -988,7 +988,6 @@ def reinforcement(run, base, meta, method):
         learner, rate = copy.deepcopy(base).requires_grad_(True), config.raw_lr
     # differs from the paper: no weight decay, so that a batch without any reward leaves the parameters as they are.
     optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0)
-    recent = []
 
     def one_round(i):
         layouts = pool[torch.randint(len(pool), (config.rl_batch,), generator=generator, device=run.device)]
