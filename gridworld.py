@@ -149,7 +149,8 @@ def draw_layouts(n, size, colours, walls, generator):
 class Game:
     """B games played in step. `tasks` is one sequence of colours for all ([K]) or one for each ([B, K]).
 
-    State: agent [B] cell, stage [B] colours visited so far, steps [B], done [B]. Finished games ignore further actions.
+    State: agent [B] cell, stage [B] colours visited so far, first [B] the first colour visited (−1: none yet), steps [B], done [B].
+    Finished games ignore further actions.
     """
 
     def __init__(self, layouts, size, tasks, max_steps):
@@ -175,55 +176,67 @@ class Game:
             self.agent = self.layouts.agent.clone()
             self.stage = torch.zeros_like(self.agent)
             self.steps = torch.zeros_like(self.agent)
+            self.first = torch.full_like(self.agent, -1)
             self.terminated = torch.zeros_like(self.agent, dtype=torch.bool)
             self.done = self.terminated
         else:
             self.agent = torch.where(games, self.layouts.agent, self.agent)
             self.stage, self.steps = self.stage.masked_fill(games, 0), self.steps.masked_fill(games, 0)
+            self.first = self.first.masked_fill(games, -1)
             self.terminated, self.done = self.terminated & ~games, self.done & ~games
 
     def step(self, action):
         """action [B] → reward [B] float, terminated [B], truncated [B] (both stay true once a game is over)."""
-        cell = self.rows * self.cells + self.agent
-        to = self.next_cell[cell * 4 + action]
-        to = torch.where(self.done, self.agent, to)
+        return self.enter(self.next_cell[(self.rows * self.cells + self.agent) * 4 + action])
+
+    def enter(self, to, failed=None):
+        """The agents arrive in the cells `to` [B]. Games in which something else `failed` [B] end there, without a visit. Returns as `step`."""
+        to = torch.where(self.done if failed is None else self.done | failed, self.agent, to)
         colour = self.colour_at[self.rows * self.cells + to]
         visit = (to != self.agent) & (colour >= 0)  # standing still never counts
         right = visit & (colour == self.tasks[self.rows * (self.goal + 1) + self.stage])
         self.agent, self.stage, self.steps = to, self.stage + right, self.steps + ~self.done
+        self.first = torch.where((self.first < 0) & visit, colour, self.first)
         solved, wrong = self.stage == self.goal, visit & ~right
-        self.terminated = self.terminated | solved | wrong
+        self.terminated = self.terminated | solved | wrong if failed is None else self.terminated | solved | wrong | failed
         truncated = (self.steps >= self.max_steps) & ~self.terminated
         self.done = self.terminated | truncated
         return (solved & right).float(), self.terminated, truncated
 
+    def observation(self, games=slice(None)):
+        """Cells of the objects and of the agent, the ones of `one_hot_observation`: [B, N+1]"""
+        return torch.cat([self.layouts.objects[games], self.agent[games, None]], 1)
+
 
 # ------------------------------------------------------------------------------------------------------------ observations
 
-def one_hot_observation(objects, agent, size):
-    """The paper's observation: one-hot cell of every object and of the agent. objects [B, N], agent [B] → [B, (N+1)·G²] float."""
-    places = torch.cat([objects, agent[:, None]], 1)
-    return torch.nn.functional.one_hot(places, size * size).flatten(1).float()
+def one_hot_observation(places, size):
+    """The paper's observation: the one-hot cell of every object and of the agent: places [..., N+1] → [..., (N+1)·G²] float."""
+    return torch.nn.functional.one_hot(places, size * size).flatten(-2).float()
 
 
-def absolute_inputs(objects, agent, size, colours):
-    """Positions of the ones in `one_hot_observation`: objects [B, N], agent [B, T] → [B, T, N+1] in 0 … (N+1)·G²."""
-    batch, time = agent.shape
-    places = torch.cat([objects[:, None].expand(-1, time, -1), agent[:, :, None]], -1)
-    return places + torch.arange(places.shape[-1], device=agent.device) * size * size
+def absolute_inputs(places, size, colours):
+    """Positions of the ones in `one_hot_observation`: cells of the objects and the agent [..., N+1] → [..., N+1] in 0 … (N+1)·G²."""
+    return places + torch.arange(places.shape[-1], device=places.device) * size * size
 
 
-def egocentric_inputs(objects, agent, size, colours):
+def egocentric_inputs(places, size, colours):
     """The same observation seen from the agent: the offset of every object (all walls alike) and the agent's cell.
 
-    objects [B, N], agent [B, T] → [B, T, N+1] in 0 … (O+1)·(2G−1)² + G².
+    Cells of the objects and the agent [..., N+1] → [..., N+1] in 0 … (O+1)·(2G−1)² + G².
     """
+    objects, agent = places[..., :-1], places[..., -1:]
     span = 2 * size - 1
-    row = objects[:, None] // size - agent[:, :, None] // size + size - 1  # [B, T, N], 0 … 2G−2
-    column = objects[:, None] % size - agent[:, :, None] % size + size - 1
-    channel = torch.arange(objects.shape[1], device=agent.device).clamp(max=colours)
+    row = objects // size - agent // size + size - 1  # [..., N], 0 … 2G−2
+    column = objects % size - agent % size + size - 1
+    channel = torch.arange(objects.shape[-1], device=objects.device).clamp(max=colours)
     offset = channel * span * span + row * span + column
-    return torch.cat([offset, (colours + 1) * span * span + agent[:, :, None]], -1)
+    return torch.cat([offset, (colours + 1) * span * span + agent], -1)
+
+
+def places(observation, size):
+    """Cells of the objects and of the agent: the grid's observation is just that. [..., N+1] → [..., N+1]"""
+    return observation
 
 
 INPUTS = {"absolute": absolute_inputs, "egocentric": egocentric_inputs}
@@ -266,19 +279,20 @@ def expert_probabilities(game, moves, target, agent, epsilon):
 
 @dataclass
 class Paths:
-    """B expert episodes, padded to the longest: agent [B, T+1] cells (the last observation included), action [B, T],
-    stage [B, T] visits made before each action, length [B] actions taken."""
-    agent: torch.Tensor
+    """B expert episodes, padded to the longest: observation [B, T+1, D] (the last one included), action [B, T] (an ant: [B, T, 8]),
+    stage [B, T] visits made before each action, length [B] actions taken, solved [B] bool."""
+    observation: torch.Tensor
     action: torch.Tensor
     stage: torch.Tensor
     length: torch.Tensor
+    solved: torch.Tensor
 
 
 def expert_paths(layouts, size, tasks, max_steps, generator, epsilon=0.0):
     """The expert solves tasks [B, K] in B layouts. Episodes that run out of time (only with epsilon > 0) stay, cut at max_steps."""
     game, moves = Game(layouts, size, tasks, max_steps), shortest_moves(layouts, size)
     target_of = game.tasks.view(len(layouts), -1)
-    agents, actions, stages = [game.agent], [], []
+    observations, actions, stages = [game.observation()], [], []
     while not game.done.all():
         target = target_of.gather(1, game.stage.clamp(max=game.goal - 1)[:, None])
         probability = expert_probabilities(game, moves, target, game.agent, epsilon)[:, 0]
@@ -287,8 +301,8 @@ def expert_paths(layouts, size, tasks, max_steps, generator, epsilon=0.0):
         stages.append(game.stage)
         actions.append(action)
         game.step(action)
-        agents.append(game.agent)
-    return Paths(torch.stack(agents, 1), torch.stack(actions, 1), torch.stack(stages, 1), game.steps)
+        observations.append(game.observation())
+    return Paths(torch.stack(observations, 1), torch.stack(actions, 1), torch.stack(stages, 1), game.steps, game.stage == game.goal)
 
 
 def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0):
@@ -304,7 +318,7 @@ def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0):
     posterior = torch.full((batch, many), 1 / many, device=tasks.device)
     blind, aware = 0.0, 0.0
     for t in range(paths.action.shape[1]):
-        agent, following = paths.agent[:, t], paths.agent[:, t + 1]
+        agent, following = paths.observation[:, t, -1], paths.observation[:, t + 1, -1]
         target = tasks.gather(2, stage[..., None])[..., 0]  # [B, M]
         probability = expert_probabilities(game, moves, target, agent, epsilon)
         probability = probability.gather(2, paths.action[:, t, None, None].expand(-1, many, 1))[..., 0]
@@ -338,6 +352,12 @@ def symmetries(size):
     return cells, actions
 
 
+def mirror(observation, action, k, size):
+    """Each episode in the image k [B] in 0 … 7 of its world: observation [B, T+1, N+1] cells, action [B, T] → the same shapes"""
+    cells, actions = (x.to(observation.device) for x in symmetries(size))
+    return cells[k[:, None, None], observation], actions[k[:, None], action]
+
+
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 PALETTE = np.array([[228, 26, 28], [55, 126, 184], [77, 175, 74], [255, 170, 0], [152, 78, 163], [0, 190, 190], [166, 86, 40],
@@ -358,6 +378,12 @@ def draw(agent, colours, walls, size, pixels=32):
     square = picture[agent // size * pixels:, agent % size * pixels:][:pixels, :pixels]
     square[radius < 0.36], square[radius < 0.28] = 255, 0
     return picture
+
+
+def picture(observation, size, colours):
+    """An observation [N+1] as a picture, see `draw`."""
+    *objects, agent = observation.tolist()
+    return draw(agent, objects[:colours], objects[colours:], size)
 
 
 class GridworldPinpad(gymnasium.Env):
@@ -435,7 +461,7 @@ class GridworldPinpad(gymnasium.Env):
         return "\n".join(" ".join(row) for row in text.reshape(self.size, self.size))
 
     def _observation(self):
-        return one_hot_observation(self.game.layouts.objects, self.game.agent, self.size)[0].numpy().astype(np.int8)
+        return one_hot_observation(self.game.observation(), self.size)[0].numpy().astype(np.int8)
 
     def _info(self):
         layouts = self.game.layouts

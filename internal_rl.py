@@ -41,6 +41,7 @@ What differs from the paper is marked where it happens: grep "differs from the p
 """
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -55,7 +56,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ant_tasks
 import gridworld
+
+WORLDS = {"gridworld": gridworld, "ant": ant_tasks}  # both offer draw_layouts, Game, expert_paths, mirror, places, picture
 
 # ============================================================================================================== settings
 
@@ -73,17 +77,20 @@ def setting(default, stages, text):
 @dataclass
 class Settings:
     """Every dial, with the defaults of the `quick` preset, and the first stages that it changes."""
+    task: str = setting("gridworld", "pretrain", "world: gridworld or ant")
     seed: int = setting(0, "pretrain", "random seed of everything that is trained")
     size: int = setting(5, "pretrain", "grid size G")
     colours: int = setting(4, "pretrain", "coloured cells O")
     walls: int = setting(1, "pretrain", "wall cells W")
     max_steps: int = setting(60, "pretrain", "episode length limit")
     subgoals: str = setting("singles", "pretrain", "pretraining tasks: 'singles' (Table A2) or 'pairs' of colours (Table A1)")
-    epsilon: float = setting(0.0, "pretrain", "expert noise ε in the base model's data")
-    view: str = setting("egocentric", "pretrain", "input form: 'egocentric' offsets from the agent or the paper's 'absolute' one-hots")
+    noise: float = setting(0.0, "pretrain", "expert noise in the base model's data: probability ε of a random move; standard deviation of the ant's torques")
+    trajectories: int = setting(0, "pretrain", "expert episodes to make and keep on disk for the base model, and a quarter of it for the rest; 0: fresh ones all the time")
+    view: str = setting("egocentric", "pretrain", "input form: 'egocentric' features or the paper's 'absolute' observation")
+    base: str = setting("transformer", "pretrain", "base model: 'transformer' or 'hawk'")
     width: int = setting(128, "pretrain", "residual width n_e")
-    layers: int = setting(4, "pretrain", "transformer blocks L; control acts after block L/2")
-    heads: int = setting(4, "pretrain", "attention heads")
+    layers: int = setting(4, "pretrain", "blocks L of the base model; control acts after block L/2")
+    heads: int = setting(4, "pretrain", "attention heads; Hawk: blocks of the gates' matrices")
     mlp: int = setting(256, "pretrain", "hidden width of each block's MLP")
     pretrain_steps: int = setting(9600, "pretrain", "base model: training steps")
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step")
@@ -97,7 +104,7 @@ class Settings:
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps")
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate")
     post_task: str = setting("0-1-2-3", "steer rl raw", "post-training task, made of withheld transitions only")
-    rank: int = setting(16, "steer audition", "rank of a linear controller U")
+    rank: int = setting(16, "steer audition", "rank of a linear controller U; 0: a full matrix")
     n_z: int = setting(8, "audition", "size of a controller code z")
     n_h: int = setting(32, "audition", "size of the causal history h")
     n_s: int = setting(32, "audition", "size of the trajectory summary s")
@@ -121,28 +128,40 @@ class Settings:
     std_start: float = setting(3.0, "rl", "policy standard deviation at the start (1 is the prior of the codes)")
     std_end: float = setting(0.25, "rl", "policy standard deviation at the end")
     threshold: float = setting(0.5, "audition rl", "β above this switches (hard gate)")
+    tolerance: int = setting(1, "", "steps between a gate and a true change of subgoal that count as a hit")
 
 
-PRESETS = {
-    "quick": {},
-    "tiny": dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32, discover_steps=64,
-                 discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128),
+TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
+            discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
+ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", next_obs=10.0, tolerance=3)
+PRESETS = {  # (task, preset) → what differs from the defaults
+    ("gridworld", "quick"): {},
+    ("gridworld", "tiny"): TINY,
     # The paper's sizes and schedules (Tables A1, A4, A7, A9, A13, A16).
-    "paper": dict(next_obs=0.01, candidates=1, audition_steps=1, size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", view="absolute", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
-                  width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, weight_decay=0.03,
-                  cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
-                  discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
-                  rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
+    ("gridworld", "paper"): dict(
+        next_obs=0.01, candidates=1, audition_steps=1, size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", view="absolute",
+        post_task="0-1-2-3-4-5-6-7-0-1-2-3", width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
+        weight_decay=0.03, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
+        discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
+        rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
+    ("ant", "quick"): ANT,
+    ("ant", "tiny"): {**ANT, **TINY, "trajectories": 64, "max_steps": 250, "pretrain_steps": 32, "pretrain_batch": 8, "discover_batch": 8, "probe_steps": 8, "steer_steps": 16,
+                      "audition_steps": 8, "discover_steps": 16, "rl_episodes": 64, "rl_batch": 32, "rl_minibatch": 16},
+    # Tables A2, A5, A8, A10, A14, A15.
+    ("ant", "paper"): {**ANT, "view": "absolute", "trajectories": 100_000, "candidates": 1, "audition_steps": 1, "width": 256, "layers": 8, "heads": 8,
+                       "mlp": 512, "pretrain_steps": 204_800, "pretrain_batch": 512, "pretrain_lr": 3e-4, "weight_decay": 0.03, "cosine": False,
+                       "probe_steps": 8000, "probe_lr": 1e-3, "steer_steps": 3200, "steer_lr": 3e-4, "rank": 0, "discover_steps": 32_000,
+                       "discover_batch": 128, "discover_lr": 3e-4, "mirror": False, "alpha": 0.1, "alpha_free": 0.0, "alpha_ramp": 0.0,
+                       "rl_episodes": 1_000_000, "rl_batch": 256, "rl_lr": 3e-5, "raw_lr": 3e-5, "policy_width": 256, "std_start": 1.0, "std_end": 1.0},
 }
 
 # ========================================================================================================== expert data
 
 @dataclass
 class Batch:
-    """Expert trajectories, padded: objects [B, N] cells, agent [B, T+1] cells (the last observation included), action [B, T],
+    """Expert trajectories, padded: observation [B, T+1, D] (the last one included), action [B, T] (ant: [B, T, 8] torques),
     subgoal [B, T] hidden index of the subgoal pursued (evaluation and steering only), length [B] actions taken."""
-    objects: torch.Tensor
-    agent: torch.Tensor
+    observation: torch.Tensor
     action: torch.Tensor
     subgoal: torch.Tensor
     length: torch.Tensor
@@ -155,39 +174,76 @@ class Batch:
     def pick(self, rows):
         """The trajectories `rows`, cut to the longest of them."""
         longest = int(self.length[rows].max())
-        return Batch(self.objects[rows], self.agent[rows, :longest + 1], self.action[rows, :longest], self.subgoal[rows, :longest],
-                     self.length[rows])
+        return Batch(self.observation[rows, :longest + 1], self.action[rows, :longest], self.subgoal[rows, :longest], self.length[rows])
+
+    def to(self, device):
+        return Batch(self.observation.to(device), self.action.to(device), self.subgoal.to(device), self.length.to(device))
 
 
-def expert_batch(config, n, generator, epsilon=0.0):
-    """n fresh expert trajectories of random pretraining tasks: D (epsilon = config.epsilon) or D* (epsilon = 0)."""
-    tasks, subgoals = (x.to(generator.device) for x in gridworld.pretraining_tasks(config.subgoals))
-    layouts = gridworld.draw_layouts(n, config.size, config.colours, config.walls, generator)
-    own = torch.randint(len(tasks), (n,), generator=generator, device=generator.device)
-    paths = gridworld.expert_paths(layouts, config.size, tasks[own], config.max_steps, generator, epsilon)
-    subgoal = subgoals[own].gather(1, paths.stage.clamp(max=tasks.shape[1] - 1))
-    return Batch(layouts.objects, paths.agent, paths.action, subgoal, paths.length)
+def draw_layouts(config, n, generator):
+    return WORLDS[config.task].draw_layouts(n, config.size, config.colours, config.walls, generator)
 
 
-def expert_batches(config, batch_size, generator, epsilon=0.0, count=16):
-    """`count` batches of similar length each: a pool sorted by length and dealt out, which halves the padding."""
-    pool = expert_batch(config, count * batch_size, generator, epsilon)
-    deal = pool.length.argsort().view(count, batch_size)
-    return [pool.pick(rows) for rows in deal[torch.randperm(count, generator=generator, device=generator.device)]]
+def expert_batch(config, n, generator, noise=0.0):
+    """Fresh expert trajectories of random pretraining tasks: D (noise = config.noise) or D* (noise = 0). The few of the n that the
+    expert fails to solve are left out."""
+    tasks, subgoals = gridworld.pretraining_tasks(config.subgoals)
+    layouts = draw_layouts(config, n, generator)
+    device = layouts.agent.device
+    own = torch.randint(len(tasks), (n,), generator=generator, device=generator.device).to(device)
+    paths = WORLDS[config.task].expert_paths(layouts, config.size, tasks.to(device)[own], config.max_steps, generator, noise)
+    subgoal = subgoals.to(device)[own].gather(1, paths.stage.clamp(max=tasks.shape[1] - 1))
+    return Batch(paths.observation, paths.action, subgoal, paths.length).pick(paths.solved.nonzero()[:, 0]).to(generator.device)
+
+
+class StoredEpisodes:
+    """Expert trajectories kept on disk, loaded into memory end to end: M observations and the actions that follow them."""
+
+    def __init__(self, config, folder, noise):
+        settings = {name: getattr(config, name) for name in ("task", "seed", "size", "colours", "walls", "max_steps", "subgoals")}
+        count = config.trajectories if noise else config.trajectories // 4
+
+        def make(i):
+            generator = torch.Generator().manual_seed(10_000 * (config.seed + 1) + (1000 if noise else 2000) + i)
+            batch = expert_batch(config, min(ant_tasks.SHARD, count), generator, noise)
+            kept = F.pad(batch.valid, (1, 0), value=True)  # [B, T+1]: as many rows of everything as observations
+            return {"observation": batch.observation[kept].half().numpy(), "action": F.pad(batch.action, (0, 0, 0, 1))[kept].half().numpy(),
+                    "subgoal": F.pad(batch.subgoal, (0, 1))[kept].byte().numpy(), "length": batch.length.numpy()}
+
+        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), {**settings, "noise": noise, "episodes": min(ant_tasks.SHARD, count)}, make)
+        join = lambda name: torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
+        self.observation, self.action, self.subgoal, self.length = (join(name) for name in ("observation", "action", "subgoal", "length"))
+        self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
+
+    def pick(self, rows):
+        """The trajectories `rows` [B] as a Batch; beyond the end of a trajectory its last row is repeated."""
+        length = self.length[rows]
+        at = torch.minimum(torch.arange(int(length.max()) + 1), length[:, None]) + self.start[rows, None]  # [B, T+1]
+        return Batch(self.observation[at].float(), self.action[at[:, :-1]].float(), self.subgoal[at[:, :-1]].long(), length)
+
+
+def expert_batches(config, batch_size, generator, noise=0.0, count=16, stored=None):
+    """`count` batches of similar length each: a pool sorted by length and dealt out, which halves the padding. The pool is
+    fresh, or drawn from `stored` trajectories."""
+    if stored is None:
+        pool = expert_batch(config, count * batch_size, generator, noise)
+        rows = torch.arange(len(pool.length), device=generator.device)
+    else:
+        pool, rows = stored, torch.randint(len(stored.length), (count * batch_size,), generator=generator, device=generator.device).cpu()
+    deal = rows[pool.length[rows].argsort()].tensor_split(count)
+    order = torch.randperm(count, generator=generator, device=generator.device).tolist()
+    if stored is None:
+        return [pool.pick(deal[i]) for i in order]
+    # Simulation and expert are symmetric: in a mirrored world each trajectory is another sample of the same distribution.
+    return (mirrored(config, pool.pick(deal[i]).to(generator.device), generator) for i in order)
 
 
 def mirrored(config, batch, generator):
     """Each trajectory in a random one of the 8 rotations and reflections of its world: same colours in the same order,
     but other directions."""
-    cells, actions = (x.to(batch.agent.device) for x in gridworld.symmetries(config.size))
-    k = torch.randint(8, (len(batch.length), 1), generator=generator, device=generator.device)
-    return replace(batch, objects=cells[k, batch.objects], agent=cells[k, batch.agent], action=actions[k, batch.action])
-
-
-def base_inputs(config, objects, agent):
-    """objects [B, N], agent [B, T] → [B, T, N+1], the positions of the ones in the observation vectors."""
-    # differs from the paper: egocentric offsets (--view absolute for its one-hots), because they are learned faster.
-    return gridworld.INPUTS[config.view](objects, agent, config.size, config.colours)
+    k = torch.randint(8, (len(batch.length),), generator=generator, device=generator.device)
+    observation, action = WORLDS[config.task].mirror(batch.observation, batch.action, k, config.size)
+    return replace(batch, observation=observation, action=action)
 
 
 # =========================================================================================================== base model
@@ -225,22 +281,109 @@ class Block(nn.Module):
         return x + self.down(F.relu(self.up(self.norm_2(x)))), (k, v)
 
 
+def parallel_scan(a, b, chunk=16):
+    """h_t = a_t h_{t−1} + b_t with h_0 = 0: a, b [B, T, C] → h [B, T, C]. All chunks of 16 steps at once, then from chunk to chunk."""
+    batch, time, width = b.shape
+    extra = -time % chunk
+    reach, h = (F.pad(x, (0, 0, 0, extra)).view(batch, -1, chunk, width) for x in (a, b))  # [B, T/16, 16, C]
+    reach, h = (x.clone() if extra == 0 else x for x in (reach, h))  # pad copies
+    for t in range(1, chunk):
+        h[:, :, t].addcmul_(reach[:, :, t], h[:, :, t - 1])
+    for t in range(1, chunk):
+        reach[:, :, t].mul_(reach[:, :, t - 1])  # a_1 … a_t: what is left of the chunk before
+    for n in range(1, h.shape[1]):
+        h[:, n].addcmul_(reach[:, n], h[:, n - 1, -1:])
+    return h.view(batch, -1, width)[:, :time]
+
+
+class LinearRecurrence(torch.autograd.Function):
+    """`parallel_scan` with a gradient that is a scan, too: the same recurrence run backwards in time."""
+
+    @staticmethod
+    def forward(context, a, b):
+        h = parallel_scan(a, b)
+        context.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(context, gradient):
+        a, h = context.saved_tensors
+        later = F.pad(a[:, 1:], (0, 0, 0, 1))  # a_{t+1}
+        g = parallel_scan(later.flip(1), gradient.flip(1)).flip(1)  # g_t = gradient_t + a_{t+1} g_{t+1}
+        return g * F.pad(h[:, :-1], (0, 0, 1, 0)), g
+
+
+class Hawk(nn.Module):
+    """Pre-norm recurrent block of the ant's base model (App. D.1, Table A15): a short causal convolution and a real-gated linear
+    recurrent unit, multiplied by a gated branch, then an MLP."""
+
+    WINDOW = 4  # of the convolution
+
+    def __init__(self, width, heads, mlp):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.branches, self.mix = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.convolution = nn.Conv1d(width, width, self.WINDOW, groups=width)
+        self.gates = nn.Parameter(torch.randn(heads, width // heads, 2 * width // heads) * (heads / width) ** 0.5)  # block-diagonal
+        self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * width // heads))
+        decay = torch.linspace(0.9, 0.999, width)  # of a full recurrence gate in one step: a = decay = exp(−8 softplus(Λ))
+        self.decay = nn.Parameter((-decay.log() / 8).expm1().log())  # Λ
+        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    def forward(self, x, past=None):
+        """x [B, T, C] → ([B, T, C], (window, h)). `past` holds the convolution's last inputs [B, 3, C] and the state h [B, C]."""
+        batch, time, width = x.shape
+        gate, inner = self.branches(self.norm_1(x)).chunk(2, -1)
+        window, state = past if past is not None else (inner.new_zeros(batch, self.WINDOW - 1, width), x.new_zeros(batch, width))
+        inner = torch.cat([window, inner], 1)  # [B, 3 + T, C]
+        window = inner[:, -(self.WINDOW - 1):]
+        inner = self.convolution(inner.transpose(1, 2)).transpose(1, 2)  # [B, T, C]
+        gates = torch.einsum("bthi,hij->bthj", inner.unflatten(-1, (len(self.gates), -1)), self.gates) + self.gate_bias
+        forget, use = (g.flatten(2).float().sigmoid() for g in gates.chunk(2, -1))  # each [B, T, C]
+        log_a = -8 * F.softplus(self.decay) * forget
+        a, b = log_a.exp(), (-torch.expm1(2 * log_a) + 1e-6).sqrt() * use * inner.float()
+        if past is not None:
+            b = torch.cat([(b[:, :1] + a[:, :1] * state[:, None]), b[:, 1:]], 1)
+        h = LinearRecurrence.apply(a, b)
+        x = x + self.mix(F.gelu(gate, approximate="tanh") * h.to(gate.dtype))
+        return x + self.down(F.relu(self.up(self.norm_2(x)))), (window, h[:, -1])
+
+
 class Base(nn.Module):
-    """Causal transformer over observations, split at the control layer l = L/2 into `lower` and `upper`.
+    """Causal model of observations, split at the control layer l = L/2 into `lower` and `upper`.
 
     `cache` is a list with one entry a block; passing the same list again continues the sequence (acting, one step at a time).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.half = config.layers // 2
-        inputs = gridworld.input_count(config.view, config.size, config.colours, config.walls)
-        self.embed = nn.EmbeddingBag(inputs, config.width, mode="sum")  # = a linear layer on the one-hot observation
-        nn.init.normal_(self.embed.weight, std=0.3)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp) for _ in range(config.layers))
+        self.config, self.half, objects = config, config.layers // 2, config.colours + config.walls
+        # differs from the paper: egocentric features (--view absolute for its own), because they are learned faster.
+        if config.task == "gridworld" or config.view == "egocentric":
+            inputs = gridworld.input_count(config.view, config.size, config.colours, config.walls)
+            self.cells = nn.EmbeddingBag(inputs, config.width, mode="sum")  # = a linear layer on the one-hot observation
+            nn.init.normal_(self.cells.weight, std=0.3)
+        if config.task == "ant":
+            self.body = nn.Linear(ant_tasks.FEATURES if config.view == "egocentric" else ant_tasks.OBSERVATION + 2 * objects, config.width)
+        block = {"transformer": Block, "hawk": Hawk}[config.base]
+        self.blocks = nn.ModuleList(block(config.width, config.heads, config.mlp) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.action_head = nn.Linear(config.width, 4)
-        self.observation_head = nn.Linear(config.width, (config.colours + config.walls + 1) * config.size ** 2)
+        if config.task == "gridworld":
+            self.action_head, self.observation_head = nn.Linear(config.width, 4), nn.Linear(config.width, (objects + 1) * config.size ** 2)
+        else:
+            self.action_head = nn.Linear(config.width, 2 * ant_tasks.ACTION)
+            self.observation_head = nn.Linear(config.width, ant_tasks.OBSERVATION + 2 * objects)
+
+    def embed(self, observation):
+        """[B, T, D] → e_{t,0} [B, T, C]"""
+        config, embedded = self.config, 0
+        if hasattr(self, "cells"):
+            places = WORLDS[config.task].places(observation, config.size)
+            active = gridworld.INPUTS[config.view](places, config.size, config.colours)  # [B, T, N+1] positions of the ones
+            embedded = self.cells(active.flatten(0, 1)).view(*observation.shape[:2], -1)
+        if hasattr(self, "body"):
+            embedded = embedded + self.body(ant_tasks.body_features(observation, config.size) if config.view == "egocentric" else observation)
+        return embedded
 
     def run(self, x, blocks, cache):
         for i in blocks:
@@ -252,45 +395,73 @@ class Base(nn.Module):
     def new_cache(self):
         return [None] * len(self.blocks)
 
-    def lower(self, inputs, cache=None):
-        """inputs [B, T, N+1] → e_{t,l} [B, T, C]"""
-        embedded = self.embed(inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
-        return self.run(embedded, range(self.half), cache)
+    def lower(self, observation, cache=None):
+        """observation [B, T, D] → e_{t,l} [B, T, C]"""
+        return self.run(self.embed(observation), range(self.half), cache)
 
     def last_residual(self, e, cache=None):
         return self.norm(self.run(e, range(self.half, len(self.blocks)), cache))
 
     def upper(self, e, cache=None):
-        """e_{t,l} [B, T, C] → action logits [B, T, 4]"""
+        """e_{t,l} [B, T, C] → action logits [B, T, 4], or mean and ln σ of the torques [B, T, 16]"""
         return self.action_head(self.last_residual(e, cache))
 
-    def forward(self, inputs):
-        return self.upper(self.lower(inputs))
+    def forward(self, observation):
+        return self.upper(self.lower(observation))
 
-    def residuals(self, inputs):
-        """inputs [B, T, N+1] → e_{t,0} … e_{t,L}: [L+1, B, T, C]"""
-        streams = [self.embed(inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)]
+    def residuals(self, observation):
+        """observation [B, T, D] → e_{t,0} … e_{t,L}: [L+1, B, T, C]"""
+        streams = [self.embed(observation)]
         for i in range(len(self.blocks)):
             streams.append(self.run(streams[-1], [i], None))
         return torch.stack(streams)
 
 
-def action_loss(logits, batch):
-    """Mean −ln p(a_t | …) over the actions that exist: logits [B, ≥T, 4] → scalar, nats per action."""
+def torque_distribution(out):
+    """Mean and ln σ of each torque: [..., 16] → two of [..., 8]. The spread is learned and depends on the state."""
+    mean, log_sigma = out.float().chunk(2, -1)
+    return mean, log_sigma.clamp(-4, 1)
+
+
+def action_log_prob(out, action):
+    """ln p(action) under the model's output: logits [..., 4] of moves [...], or Gaussians [..., 16] of torques [..., 8] → [...]"""
+    if not action.is_floating_point():
+        return out.float().log_softmax(-1).gather(-1, action[..., None])[..., 0]
+    mean, log_sigma = torque_distribution(out)
+    return (-0.5 * ((action - mean) / log_sigma.exp()) ** 2 - log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def sample_action(config, out, generator):
+    """A draw from the model's output [n, 4 or 16] → moves [n] or torques [n, 8]"""
+    if config.task == "gridworld":
+        probability = out.softmax(-1)
+        noise = torch.rand(probability.shape, generator=generator, device=probability.device)
+        return (probability / -noise.log()).argmax(-1)  # the exponential race
+    mean, log_sigma = torque_distribution(out)
+    return mean + log_sigma.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+
+
+def action_loss(out, batch):
+    """Mean −ln p(a_t | …) over the actions that exist: out [B, ≥T, 4 or 16] → scalar, nats per action."""
     valid = batch.valid
-    return F.cross_entropy(logits[:, :valid.shape[1]][valid].float(), batch.action[valid])
+    out, action = out[:, :valid.shape[1]][valid], batch.action[valid]
+    return -action_log_prob(out, action).mean() if action.is_floating_point() else F.cross_entropy(out.float(), action)
 
 
 def pretraining_loss(config, base, batch):
     """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps. Returns (loss, action part)."""
-    last = base.last_residual(base.lower(base_inputs(config, batch.objects, batch.agent[:, :-1])))
+    last = base.last_residual(base.lower(batch.observation[:, :-1]))
     action_part = action_loss(base.action_head(last), batch)
     if config.next_obs == 0:
         return action_part, action_part
-    valid = batch.valid
-    following = torch.cat([batch.objects[:, None].expand(-1, valid.shape[1], -1), batch.agent[:, 1:, None]], -1)  # [B, T, N+1]
-    cell_logits = base.observation_head(last).unflatten(-1, (following.shape[-1], -1))  # [B, T, N+1, G²]
-    observation_part = F.cross_entropy(cell_logits[valid].flatten(0, 1).float(), following[valid].flatten()) * following.shape[-1]
+    valid, following = batch.valid, batch.observation[:, 1:]
+    out = base.observation_head(last)[valid].float()
+    if config.task == "gridworld":
+        cell_logits = out.unflatten(-1, (following.shape[-1], -1))  # [n, N+1, G²]
+        observation_part = F.cross_entropy(cell_logits.flatten(0, 1), following[valid].flatten()) * following.shape[-1]
+    else:  # a Gaussian of unit variance around the present observation plus a learned change, up to a constant
+        change = (following - batch.observation[:, :-1])[valid]
+        observation_part = 0.5 * ((out - change) ** 2).sum(-1).mean()
     return action_part + config.next_obs * observation_part, action_part
 
 
@@ -319,8 +490,9 @@ class LabelledControllers(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        shape = (len(gridworld.SUBGOALS[config.subgoals]), config.rank, config.width)
-        self.a, self.b = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.zeros(shape))
+        shape = (len(gridworld.SUBGOALS[config.subgoals]), config.rank or config.width, config.width)
+        a = torch.randn(shape) if config.rank else math.sqrt(config.width) * torch.eye(config.width).expand(shape)  # full: A = √C·I, U = B
+        self.a, self.b = nn.Parameter(a, requires_grad=config.rank > 0), nn.Parameter(torch.zeros(shape))
 
     def forward(self, e, subgoal):
         """e [..., C], subgoal [...] index → ê [..., C]"""
@@ -344,7 +516,7 @@ class Metacontroller(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, self.rank = config.width, config.rank
+        width = config.width
         self.norm = nn.LayerNorm(width)
         self.history = nn.GRU(width, config.n_h, batch_first=True)  # Eq. 12
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
@@ -355,8 +527,9 @@ class Metacontroller(nn.Module):
         self.switch_out = nn.Linear(64, 1)
         # f_hyp: an MLP from z to the matrices A(z) and B(z), its last layer's weights (and, as row J, its bias) kept as tensors.
         self.hyper = nn.Sequential(nn.Linear(config.n_z, 32), nn.ReLU())
-        self.read = nn.Parameter(torch.empty(33, config.rank, width).uniform_(-1, 1) / math.sqrt(32))  # [J+1, R, C]
-        self.write = nn.Parameter(torch.empty(33, config.rank, width).uniform_(-1, 1) / math.sqrt(32))
+        rank = config.rank or width
+        self.read = nn.Parameter(torch.empty(33, rank, width).uniform_(-1, 1) / math.sqrt(32))  # [J+1, R, C]
+        self.write = nn.Parameter(torch.empty(33, rank, width).uniform_(-1, 1) / math.sqrt(32))
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
             self.read[-1].normal_()  # A reads e at unit scale whatever z is, so that B(z) can learn at once
@@ -406,8 +579,8 @@ def two_worlds(config, base, batch, generator):
     # differs from the paper: codes are decoded in a mirrored copy of the world, because a code that means "go up" explains nothing there.
     world = mirrored(config, batch, generator) if config.mirror else batch
     with torch.no_grad():
-        e = base.lower(base_inputs(config, batch.objects, batch.agent))
-        e_world = base.lower(base_inputs(config, world.objects, world.agent)) if config.mirror else e
+        e = base.lower(batch.observation)
+        e_world = base.lower(world.observation) if config.mirror else e
     return e, e_world[:, :batch.action.shape[1]], world
 
 
@@ -425,9 +598,9 @@ def discovery_loss(base, meta, e, e_world, world, alpha, generator):
 
 @dataclass
 class Episodes:
-    """What B games left behind: agent [B, T+1] cells, action [B, T], length [B], success [B] 0/1, first [B] first colour
-    visited (−1: none)."""
-    agent: torch.Tensor
+    """What B games left behind: observation [B, T+1, D], action [B, T] or [B, T, 8], length [B], success [B] 0/1, first [B] first
+    colour visited (−1: none)."""
+    observation: torch.Tensor
     action: torch.Tensor
     length: torch.Tensor
     success: torch.Tensor
@@ -441,29 +614,29 @@ def play(config, base, layouts, task, generator, control=None):
     control(e [n, C], games [n], t) → ê [n, C] intervenes on the residual stream of the games that still run. It may read the
     game's state through `control.game`, which is set here.
     """
-    game = gridworld.Game(layouts, config.size, task, config.max_steps)
+    device = generator.device
+    game = WORLDS[config.task].Game(layouts, config.size, task, config.max_steps)
     if control is not None:
         control.game = game
-    running, cache, objects = game.rows, base.new_cache(), layouts.objects
-    first = torch.full_like(game.agent, -1)
-    agents, actions = [game.agent], []
+    running, cache, observation = game.rows, base.new_cache(), game.observation().to(device)
+    observations, actions = [observation], []
     while len(running):
-        e = base.lower(base_inputs(config, objects[running], game.agent[running, None]), cache)  # [n, 1, C]
+        e = base.lower(observation[running, None], cache)  # [n, 1, C]
         if control is not None:
             e = control(e[:, 0], running, len(actions))[:, None]
-        probability = base.upper(e, cache)[:, 0].softmax(-1)
-        action = torch.zeros_like(game.agent)
-        noise = torch.rand(probability.shape, generator=generator, device=probability.device)
-        action[running] = (probability / -noise.log()).argmax(-1)  # a draw from `probability` (the exponential race)
-        game.step(action)
+        drawn = sample_action(config, base.upper(e, cache)[:, 0], generator)
+        action = torch.zeros(len(layouts), *drawn.shape[1:], dtype=drawn.dtype, device=device)
+        action[running] = drawn
+        game.step(action.to(game.rows.device))
+        observation = observation.clone()
+        observation[running] = game.observation(running).to(device)
         actions.append(action)
-        agents.append(game.agent)
-        colour = game.colour_at.view(len(layouts), -1).gather(1, game.agent[:, None])[:, 0]
-        first = torch.where((first < 0) & (agents[-1] != agents[-2]), colour, first)
+        observations.append(observation)
         still = ~game.done[running]
         if not still.all():
-            running, cache = running[still], [(k[still], v[still]) for k, v in cache]
-    return Episodes(torch.stack(agents, 1), torch.stack(actions, 1), game.steps, (game.stage == game.goal).float(), first)
+            running, cache = running[still], [tuple(part[still] for part in kept) for kept in cache]
+    return Episodes(torch.stack(observations, 1), torch.stack(actions, 1), game.steps.to(device),
+                    (game.stage == game.goal).float().to(device), game.first.to(device))
 
 
 class LabelledControl:
@@ -600,8 +773,7 @@ def raw_rl_round(config, base, optimizer, layouts, task, generator):
     mask = torch.arange(episodes.action.shape[1], device=episodes.length.device) < episodes.length[:, None]
 
     def log_prob_of(rows):
-        logits = base(base_inputs(config, layouts.objects[rows], episodes.agent[rows, :-1]))
-        return logits.log_softmax(-1).gather(-1, episodes.action[rows, :, None])[..., 0]
+        return action_log_prob(base(episodes.observation[rows, :-1]), episodes.action[rows])
 
     with torch.no_grad():
         everything = torch.arange(len(layouts), device=mask.device)
@@ -611,14 +783,14 @@ def raw_rl_round(config, base, optimizer, layouts, task, generator):
 
 # =========================================================================================== what to look at: gates, codes
 
-def gate_scores(beta, batch, threshold):
-    """Precision and recall of β > threshold against true subgoal changes, ±1 step; the first step is a switch by
+def gate_scores(beta, batch, threshold, tolerance):
+    """Precision and recall of β > threshold against true subgoal changes, ± `tolerance` steps; the first step is a switch by
     construction and does not count. beta [B, T+1] → (precision, recall), nan where there is nothing to score."""
     time = batch.action.shape[1]
     valid = batch.valid[:, 1:]
     true = (batch.subgoal[:, 1:] != batch.subgoal[:, :-1]) & valid
     fired = (beta[:, 1:time] > threshold) & valid
-    near = lambda x: F.max_pool1d(x[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+    near = lambda x: F.max_pool1d(x[:, None].float(), 2 * tolerance + 1, stride=1, padding=tolerance)[:, 0] > 0
     return ((fired & near(true)).sum() / fired.sum()).item(), ((true & near(fired)).sum() / true.sum()).item()
 
 
@@ -642,10 +814,9 @@ def code_scores(config, mu, beta, batch):
     centroids = torch.stack([codes[:half][goals[:half] == k].mean(0) for k in kinds])
     accuracy = (torch.cdist(codes[half:], centroids).argmin(1) == goals[half:]).float().mean().item()
     first = torch.tensor([colours[0] for colours in gridworld.SUBGOALS[config.subgoals]], device=codes.device)
-    row, column = batch.objects // config.size, batch.objects % config.size
-    agent = batch.agent[:, :time]
-    target = first[batch.subgoal]  # [B, T]
-    offset = torch.stack([row.gather(1, target) - agent // config.size, column.gather(1, target) - agent % config.size], -1)[fired]
+    places = WORLDS[config.task].places(batch.observation[:, :time], config.size)  # [B, T, N+1]
+    target, agent = places.gather(2, first[batch.subgoal][..., None])[..., 0], places[..., -1]
+    offset = torch.stack([target // config.size - agent // config.size, target % config.size - agent % config.size], -1)[fired]
     return {"goal_accuracy": accuracy, "r2_direction": explained_variance(codes, offset.float()),
             "r2_distance": explained_variance(codes, offset.abs().sum(-1, keepdim=True).float())}
 
@@ -653,7 +824,7 @@ def code_scores(config, mu, beta, batch):
 def held_codes(config, base, meta, codes, layouts, generator):
     """Which colour does each code reach first when it is held for a whole episode? codes [n, Z], m layouts for every code
     → counts [n, O+1], the last column for episodes that reach none."""
-    repeated = layouts[torch.arange(len(layouts), device=codes.device).repeat(len(codes))]
+    repeated = layouts[torch.arange(len(layouts)).repeat(len(codes))]
     each = codes.repeat_interleave(len(layouts), 0)
     control = InternalControl(config, meta, lambda e, games: each[games], len(each), hold=True)
     episodes = play(config, base, repeated, [0], generator, control)
@@ -665,8 +836,18 @@ def held_codes(config, base, meta, codes, layouts, generator):
 class Run:
     """One run's folder, device and settings: config.json, metrics.jsonl, a checkpoint a stage, figures."""
 
-    def __init__(self, config, folder, device):
-        self.config, self.folder, self.device, self.stop = config, Path(folder), device, None
+    def __init__(self, config, folder, device, data="data"):
+        self.config, self.folder, self.device, self.data, self.stop = config, Path(folder), device, Path(data), None
+
+    @functools.cache
+    def stored(self, noise):
+        """The expert trajectories kept on disk, made if missing, or None where the settings ask for fresh ones."""
+        if self.config.trajectories == 0:
+            return None
+        try:
+            return StoredEpisodes(self.config, self.data / f"{self.config.task}-s{self.config.seed}-noise{noise:g}", noise)
+        except ValueError as error:
+            refuse(error)
 
     def generator(self, stage):
         """Training data and noise of one stage; evaluation uses seeds below 10,000, which no stage ever has."""
@@ -779,8 +960,8 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
             raise SystemExit(128 + run.stop)
 
 
-def supervised(run, stage, modules, parameters, peak, steps, loss_of, epsilon=0.0, watch=None, constant=False):
-    """Trains `parameters` on fresh expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
+def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False):
+    """Trains `parameters` on expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
     One round is a pool of batches, dealt out by length."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
@@ -788,7 +969,7 @@ def supervised(run, stage, modules, parameters, peak, steps, loss_of, epsilon=0.
 
     def one_round(i):
         totals = {}
-        for j, batch in enumerate(expert_batches(config, batch_size, generator, epsilon, pool)):
+        for j, batch in enumerate(expert_batches(config, batch_size, generator, noise, pool, run.stored(noise))):
             for group in optimizer.param_groups:
                 group["lr"] = peak if constant or not config.cosine else learning_rate(peak, i * pool + j, steps)
             loss, parts = loss_of(batch, i * pool + j, generator)
@@ -809,8 +990,7 @@ def frozen(module):
 
 
 def evaluation_layouts(run, n, number=2):
-    config = run.config
-    return gridworld.draw_layouts(n, config.size, config.colours, config.walls, run.evaluation_generator(number))
+    return draw_layouts(run.config, n, run.evaluation_generator(number))
 
 
 def success_rate(run, base, control=None, n=1024):
@@ -826,8 +1006,8 @@ def pretrain(run):
     torch.manual_seed(config.seed)
     base = Base(config).to(run.device)
     print(f"pretrain: base model with {sum(p.numel() for p in base.parameters()):,} parameters", flush=True)
-    floor = bayes_floor(run)
-    held_out = expert_batch(config, 1024, run.evaluation_generator(), config.epsilon)
+    floor = action_floor(run)
+    held_out = expert_batch(config, 1024, run.evaluation_generator(), config.noise)
 
     def loss_of(batch, step, generator):
         # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they are faster on recent CPUs.
@@ -838,21 +1018,24 @@ def pretrain(run):
     @torch.no_grad()
     def watch(done):
         nll = pretraining_loss(config, base, held_out)[1].item()
-        return {"eval_nll": nll, "gap": nll - floor[0]}
+        return {"eval_nll": nll, "gap": nll - floor}
 
     supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
-               config.epsilon, watch)
+               config.noise, watch)
     return frozen(base)
 
 
-def bayes_floor(run):
-    """Exact NLL of the best task-blind and task-aware predictors on the held-out trajectories (App. C.1.1's expert)."""
+def action_floor(run):
+    """NLL of the best possible predictor, nats per action. Grid: the exact task-blind one on the held-out trajectories. Ant: the
+    entropy of the noise on the expert's torques, as if the task were known."""
     config, generator = run.config, run.evaluation_generator()
+    if config.task == "ant":
+        return ant_tasks.ACTION * (math.log(max(config.noise, 1e-3)) + 0.5 * math.log(2 * math.pi * math.e))
     tasks, _ = (x.to(run.device) for x in gridworld.pretraining_tasks(config.subgoals))
-    layouts = gridworld.draw_layouts(1024, config.size, config.colours, config.walls, generator)
+    layouts = draw_layouts(config, 1024, generator)
     own = torch.randint(len(tasks), (1024,), generator=generator, device=run.device)
-    paths = gridworld.expert_paths(layouts, config.size, tasks[own], config.max_steps, generator, config.epsilon)
-    return gridworld.bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.epsilon)
+    paths = gridworld.expert_paths(layouts, config.size, tasks[own], config.max_steps, generator, config.noise)
+    return gridworld.bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.noise)[0]
 
 
 def probe(run, base):
@@ -862,7 +1045,7 @@ def probe(run, base):
 
     def of_batch(batch):
         with torch.no_grad():
-            residuals = base.residuals(base_inputs(config, batch.objects, batch.agent[:, :-1]))[:, batch.valid]  # [L+1, n, C]
+            residuals = base.residuals(batch.observation[:, :-1])[:, batch.valid]  # [L+1, n, C]
         return probe(F.layer_norm(residuals, residuals.shape[-1:])), batch.subgoal[batch.valid]
 
     def loss_of(batch, step, generator):
@@ -885,7 +1068,7 @@ def steer(run, base):
 
     def loss_of(batch, step, generator):
         with torch.no_grad():
-            e = base.lower(base_inputs(config, batch.objects, batch.agent[:, :-1]))
+            e = base.lower(batch.observation[:, :-1])
         loss = action_loss(base.upper(controllers(e, batch.subgoal)), batch)
         return loss, {"nll": loss.item()}
 
@@ -922,8 +1105,8 @@ def inspect_codes(run, base, meta):
     """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
     config, generator = run.config, run.evaluation_generator(4)
     batch = expert_batch(config, 512, run.evaluation_generator())
-    _, beta, mu, _ = meta(base.lower(base_inputs(config, batch.objects, batch.agent)), batch.length, generator)
-    precision, recall = gate_scores(beta, batch, config.threshold)
+    _, beta, mu, _ = meta(base.lower(batch.observation), batch.length, generator)
+    precision, recall = gate_scores(beta, batch, config.threshold, config.tolerance)
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
             **held_share(run, base, meta)}
 
@@ -980,7 +1163,7 @@ def reinforcement(run, base, meta, method):
     torch.manual_seed(config.seed)
     task = gridworld.parse_task(config.post_task, config.colours)
     generator = run.generator(stage)
-    pool = gridworld.draw_layouts(16 * config.rl_batch, config.size, config.colours, config.walls, generator)
+    pool = draw_layouts(config, 16 * config.rl_batch, generator)
     rounds = math.ceil(config.rl_episodes / config.rl_batch)
     if method == "internal":
         learner, rate = Policy(config).to(run.device), config.rl_lr
@@ -990,7 +1173,7 @@ def reinforcement(run, base, meta, method):
     optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0)
 
     def one_round(i):
-        layouts = pool[torch.randint(len(pool), (config.rl_batch,), generator=generator, device=run.device)]
+        layouts = pool[torch.randint(len(pool), (config.rl_batch,), generator=generator, device=run.device).to(pool.agent.device)]
         if method == "internal":
             metrics = internal_rl_round(config, base, meta, learner, optimizer, layouts, task, policy_std(config, i / rounds), generator)
         else:
@@ -1018,8 +1201,8 @@ def bench(run):
     base, meta = frozen(Base(config).to(run.device)), Metacontroller(config).to(run.device)
     batch = expert_batch(config, 64, generator)
     time_ = 32  # exactly T = 32: cut or padded
-    fit = lambda x, n: F.pad(x[:, :n], (0, max(0, n - x.shape[1])))
-    batch = Batch(batch.objects, fit(batch.agent, time_ + 1), fit(batch.action, time_), fit(batch.subgoal, time_),
+    fit = lambda x, n: torch.cat([x[:, :n], x[:, -1:].expand(-1, max(0, n - x.shape[1]), *x.shape[2:])], 1)
+    batch = Batch(fit(batch.observation, time_ + 1), fit(batch.action, time_), fit(batch.subgoal, time_),
                   torch.full_like(batch.length, time_))
     optimizer = torch.optim.AdamW(meta.parameters())
 
@@ -1035,7 +1218,7 @@ def bench(run):
     def acting_steps():
         control, cache, games = InternalControl(config, meta, actor, 64), base.new_cache(), torch.arange(64, device=run.device)
         for t in range(time_):
-            e = base.lower(base_inputs(config, batch.objects, batch.agent[:, t:t + 1]), cache)[:, 0]
+            e = base.lower(batch.observation[:, t:t + 1], cache)[:, 0]
             base.upper(control(e, games, t)[:, None], cache).softmax(-1)
 
     layouts = gridworld.draw_layouts(8192, 5, 4, 1, generator)
@@ -1082,7 +1265,7 @@ def figures(run, base, meta, policy):
     # Gates over true subgoals (Fig. A3)
     batch = expert_batch(config, 6, run.evaluation_generator(6))
     with torch.no_grad():
-        _, beta, _, _ = meta(base.lower(base_inputs(config, batch.objects, batch.agent)), batch.length, run.evaluation_generator(7))
+        _, beta, _, _ = meta(base.lower(batch.observation), batch.length, run.evaluation_generator(7))
     figure, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
     for i, axis in enumerate(axes):
         steps = int(batch.length[i])
@@ -1141,8 +1324,7 @@ def figures(run, base, meta, policy):
     fired, steps = [], int(episodes.length[best])
     for games, _, switched in control.trace[:steps]:
         fired.append(bool(switched[games == best][0]))
-    frames = [gridworld.draw(int(cell), layouts.colours[best].tolist(), layouts.walls[best].tolist(), config.size)
-              for cell in episodes.agent[best, :steps + 1]]
+    frames = [WORLDS[config.task].picture(observation, config.size, config.colours) for observation in episodes.observation[best, :steps + 1]]
     segment = np.cumsum(fired)  # which code is in force at each step
 
     def title(t):
@@ -1247,30 +1429,33 @@ def parse_arguments(arguments):
     """Command line → (argparse namespace, Settings). Every setting is a flag; flags override the preset."""
     parser = Parser(prog="internal_rl.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes.", allow_abbrev=False)
-    parser.add_argument("--task", choices=["gridworld"], default="gridworld", help="environment")
-    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
+    parser.add_argument("--task", choices=list(WORLDS), default="gridworld", help="world")
+    parser.add_argument("--preset", choices=["tiny", "quick", "paper"], default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
     parser.add_argument("--stage", choices=COMMANDS, default="all",
                         help="what to run; the stages it builds on are reused or run first")
     parser.add_argument("--seeds", default=None, metavar="0,1,2", help="several seeds one after another (overrides --seed)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     parser.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default runs/TASK-PRESET-sSEED; several seeds: OUT-sSEED)")
-    for setting in fields(Settings):
+    parser.add_argument("--data", default="data", metavar="FOLDER", help="where expert trajectories are kept")
+    for setting in [s for s in fields(Settings) if s.name != "task"]:
         flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
         kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
         parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} (quick: {setting.default})", **kind)
     options = parser.parse_args(arguments)
     given = {s.name: getattr(options, s.name) for s in fields(Settings) if hasattr(options, s.name)}
-    return options, Settings(**{**PRESETS[options.preset], **given})
+    return options, Settings(**{**PRESETS[options.task, options.preset], **given})
 
 
 def check(config):
     """Refuses settings that cannot work, in one line each."""
     try:
         gridworld.check_sizes(config.size, config.colours, config.walls, config.max_steps)
-        gridworld.draw_layouts(1, config.size, config.colours, config.walls, torch.Generator())
+        draw_layouts(config, 1, torch.Generator())
         task = gridworld.parse_task(config.post_task, config.colours)
         if config.subgoals not in gridworld.SUBGOALS:
             raise ValueError(f"subgoals {config.subgoals!r} is none of {list(gridworld.SUBGOALS)}")
+        if config.base not in ("transformer", "hawk"):
+            raise ValueError(f"base {config.base!r} is none of ['transformer', 'hawk']")
         if config.view not in gridworld.INPUTS:
             raise ValueError(f"view {config.view!r} is none of {list(gridworld.INPUTS)}")
         needed = max(max(colours) for colours in gridworld.SUBGOALS[config.subgoals]) + 1
@@ -1280,7 +1465,7 @@ def check(config):
             raise ValueError(f"post_task {config.post_task!r} names a colour that no pretraining task visits")
         if config.width % config.heads:
             raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
-        positive = ("candidates", "audition_steps", "width", "heads", "mlp", "rank", "n_z", "n_h", "n_s", "pretrain_steps", "pretrain_batch", "probe_steps", "steer_steps",
+        positive = ("candidates", "audition_steps", "width", "heads", "mlp", "n_z", "n_h", "n_s", "pretrain_steps", "pretrain_batch", "probe_steps", "steer_steps",
                     "discover_steps", "discover_batch", "rl_episodes", "rl_batch", "rl_epochs", "rl_minibatch", "policy_width",
                     "pretrain_lr", "probe_lr", "steer_lr", "discover_lr", "rl_lr", "raw_lr", "clip", "std_start", "std_end")
         for name in positive:
@@ -1292,10 +1477,10 @@ def check(config):
             raise ValueError(f"seed {config.seed} is too large")
         if config.layers < 2 or config.layers % 2:
             raise ValueError(f"layers {config.layers} is not an even number of at least 2")
-        for name in ("epsilon", "alpha_free", "alpha_ramp", "threshold"):
+        for name in ("noise", "alpha_free", "alpha_ramp", "threshold"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ValueError(f"{name} {getattr(config, name)} is outside 0 … 1")
-        for name in ("seed", "alpha", "next_obs", "weight_decay"):
+        for name in ("seed", "alpha", "next_obs", "weight_decay", "rank", "trajectories", "tolerance"):
             if not 0 <= getattr(config, name) < math.inf:
                 raise ValueError(f"{name} {getattr(config, name)} is negative or not finite")
     except ValueError as error:
@@ -1325,7 +1510,7 @@ def main(arguments=None):
         config = replace(config, seed=seed)
         check(config)
         folder = options.out or f"runs/{options.task}-{options.preset}"
-        runs.append(Run(config, folder if options.out and len(seeds) == 1 else f"{folder}-s{seed}", device))
+        runs.append(Run(config, folder if options.out and len(seeds) == 1 else f"{folder}-s{seed}", device, options.data))
 
     for run in runs:
         for stage in STAGES if options.stage != "bench" else []:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
 
+import ant_tasks
 import gridworld
 import internal_rl as rl
 
@@ -30,13 +31,18 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def base_model(config):
+    torch.manual_seed(0)
+    model = rl.Base(config)
+    for block in model.blocks:
+        if config.base == "transformer":
+            torch.nn.init.normal_(block.position_bias.weight)  # as after training, so that positions matter
+    return model
+
+
 @pytest.fixture
 def base():
-    torch.manual_seed(0)
-    model = rl.Base(CONFIG)
-    for block in model.blocks:
-        torch.nn.init.normal_(block.position_bias.weight)  # as after training, so that positions matter
-    return model
+    return base_model(CONFIG)
 
 
 @pytest.fixture
@@ -48,10 +54,6 @@ def meta():
 @pytest.fixture
 def batch():
     return rl.expert_batch(CONFIG, 24, generator())
-
-
-def inputs(batch):
-    return rl.base_inputs(CONFIG, batch.objects, batch.agent)
 
 
 # ---------------------------------------------------------------------------------------------------------------- gridworld
@@ -96,7 +98,7 @@ def test_expert_paths_are_shortest(size, colours, walls, kind):
             total += reference_distance(layouts, i, size, cell, target)
             cell = target
         assert int(paths.length[i]) == total
-        assert int(paths.agent[i, total]) == cell
+        assert int(paths.observation[i, total, -1]) == cell
 
 
 def test_expert_noise_never_ends_an_episode_and_uses_all_shortest_moves():
@@ -110,7 +112,7 @@ def test_expert_noise_never_ends_an_episode_and_uses_all_shortest_moves():
     clean = gridworld.expert_paths(layouts, 5, tasks, 60, generator(1))
     assert noisy.length.float().mean() > clean.length.float().mean()
     again = gridworld.expert_paths(layouts, 5, tasks, 60, generator(2))
-    assert torch.equal(again.length, clean.length) and not torch.equal(again.agent, clean.agent)
+    assert torch.equal(again.length, clean.length) and not torch.equal(again.observation, clean.observation)
 
 
 def test_bayes_floor_matches_a_slow_filter():
@@ -136,7 +138,7 @@ def test_bayes_floor_matches_a_slow_filter():
     for i in range(12):
         weight, stage = np.full(16, 1 / 16), np.zeros(16, dtype=int)
         for t in range(int(paths.length[i])):
-            cell, action, to = int(paths.agent[i, t]), int(paths.action[i, t]), int(paths.agent[i, t + 1])
+            cell, action, to = int(paths.observation[i, t, -1]), int(paths.action[i, t]), int(paths.observation[i, t + 1, -1])
             p = np.array([probability(i, int(layouts.colours[i, tasks[m, stage[m]]]), cell, action) if stage[m] < 3 else 0 for m in range(16)])
             blind -= np.log((weight * p).sum())
             aware -= np.log(p[i])
@@ -237,38 +239,75 @@ def test_symmetries_commute_with_the_rules():
 
 
 def test_inputs_stand_for_the_one_hot_observation(batch):
-    places = gridworld.absolute_inputs(batch.objects, batch.agent, 5, 4)
-    one_hot = gridworld.one_hot_observation(batch.objects, batch.agent[:, 3], 5)
+    places = gridworld.absolute_inputs(batch.observation, 5, 4)
+    one_hot = gridworld.one_hot_observation(batch.observation[:, 3], 5)
     assert torch.equal(F.one_hot(places[:, 3], gridworld.input_count("absolute", 5, 4, 2)).sum(1).float(), one_hot)
     torch.manual_seed(0)
     table = torch.nn.EmbeddingBag(one_hot.shape[1], 6, mode="sum")
     assert torch.allclose(table(places[:, 3]), one_hot @ table.weight, atol=1e-5)
-    assert inputs(batch).max() < gridworld.input_count("egocentric", 5, 4, 2)
+    assert gridworld.egocentric_inputs(batch.observation, 5, 4).max() < gridworld.input_count("egocentric", 5, 4, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------------- model
 
-def test_base_cannot_see_the_future(base, batch):
-    x = inputs(batch)
+@pytest.fixture(scope="module", params=[(task, base) for task in ("gridworld", "ant") for base in ("transformer", "hawk")], ids="-".join)
+def world(request):
+    """A base model of each kind in each world, and expert trajectories of that world."""
+    task, kind = request.param
+    sizes = {"walls": 2} if task == "gridworld" else {"size": 4, "max_steps": 250, "tolerance": 3}
+    config = rl.Settings(task=task, base=kind, width=32, heads=2, mlp=48, layers=4, rank=5, n_z=8, **sizes)
+    return config, base_model(config), rl.expert_batch(config, 12, generator())
+
+
+def test_base_cannot_see_the_future(world):
+    config, base, batch = world
+    x = batch.observation
     changed = x.clone()
-    changed[:, 5:] = inputs(rl.expert_batch(CONFIG, 24, generator(9)))[:, 5:6]
-    assert torch.allclose(base(x)[:, :5], base(changed)[:, :5], atol=1e-6)
-    assert not torch.allclose(base(x)[:, 5:], base(changed)[:, 5:], atol=1e-3)
+    changed[:, 5:] = rl.mirrored(config, batch, generator(9)).observation[:, 5:]
+    with torch.no_grad():
+        assert torch.allclose(base(x)[:, :5], base(changed)[:, :5], atol=1e-6)
+        assert not torch.allclose(base(x)[:, 5:], base(changed)[:, 5:], atol=1e-3)
 
 
-def test_cached_acting_equals_the_full_forward(base, batch):
-    x, cache = inputs(batch), base.new_cache()
-    steps = [base.upper(base.lower(x[:, t:t + 1], cache), cache) for t in range(x.shape[1])]
-    assert torch.allclose(torch.cat(steps, 1), base(x), atol=1e-5)
+def test_cached_acting_equals_the_full_forward(world):
+    """For the Hawk this is also: the parallel scan equals the recurrence."""
+    config, base, batch = world
+    x, cache = batch.observation[:, :60], base.new_cache()
+    with torch.no_grad():
+        steps = [base.upper(base.lower(x[:, t:t + 1], cache), cache) for t in range(x.shape[1])]
+        assert torch.allclose(torch.cat(steps, 1), base(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 50])
+def test_scan_equals_the_recurrence_with_its_gradient(time):
+    torch.manual_seed(time)
+    a, b = (torch.rand(3, time, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    h, states = torch.zeros(3, 5, dtype=torch.float64), []
+    for t in range(time):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    expected, weight = torch.stack(states, 1), torch.randn(3, time, 5, dtype=torch.float64)
+    found = rl.LinearRecurrence.apply(a, b)
+    assert torch.allclose(found, expected)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), (a, b)) for x in (found, expected))
+    assert all(torch.allclose(x, y) for x, y in zip(ours, theirs))
+
+
+def test_torque_log_prob_against_torch():
+    out, torques = torch.randn(5, 16), torch.randn(5, 8)
+    normal = torch.distributions.Normal(out[:, :8], out[:, 8:].clamp(-4, 1).exp())
+    assert torch.allclose(rl.action_log_prob(out, torques), normal.log_prob(torques).sum(-1), atol=1e-4)
+    draws = rl.sample_action(rl.Settings(task="ant"), out[:1].expand(20_000, -1), generator())
+    assert torch.allclose(draws.mean(0), out[0, :8], atol=0.1) and torch.allclose(draws.std(0).log(), out[0, 8:].clamp(-4, 1), atol=0.05)
 
 
 def test_losses_ignore_padding(base, meta, batch):
-    longer = rl.Batch(batch.objects, F.pad(batch.agent, (0, 4), value=3), F.pad(batch.action, (0, 4), value=2),
-                      F.pad(batch.subgoal, (0, 4), value=1), batch.length)
+    longer = rl.Batch(F.pad(batch.observation, (0, 0, 0, 4), value=3), F.pad(batch.action, (0, 4), value=2), F.pad(batch.subgoal, (0, 4), value=1),
+                      batch.length)
     for a, b in zip(rl.pretraining_loss(CONFIG, base, batch), rl.pretraining_loss(CONFIG, base, longer)):
         assert torch.allclose(a, b, atol=1e-6)
     with torch.no_grad():
-        one, two = (meta.propose(meta.norm(base.lower(inputs(x))), x.length) for x in (batch, longer))
+        one, two = (meta.propose(meta.norm(base.lower(x.observation)), x.length) for x in (batch, longer))
     for a, b in zip(one, two):
         assert torch.allclose(a, b[:, :a.shape[1]], atol=1e-5)
 
@@ -276,26 +315,25 @@ def test_losses_ignore_padding(base, meta, batch):
 def test_next_observation_loss_against_a_loop(base, batch):
     config = replace(CONFIG, next_obs=0.5)
     loss, action_part = rl.pretraining_loss(config, base, batch)
-    last = base.last_residual(base.lower(inputs(batch)))
+    last = base.last_residual(base.lower(batch.observation))
     total, count = 0.0, 0
     for i in range(len(batch.length)):
         for t in range(int(batch.length[i])):
             logits = base.observation_head(last[i, t]).view(-1, 25).log_softmax(-1)
-            places = [*batch.objects[i].tolist(), int(batch.agent[i, t + 1])]
-            total -= sum(logits[j, cell] for j, cell in enumerate(places))
+            total -= sum(logits[j, cell] for j, cell in enumerate(batch.observation[i, t + 1].tolist()))
             count += 1
     assert torch.allclose(loss, action_part + 0.5 * total / count, rtol=1e-5)
 
 
 def test_zero_control_leaves_the_base_unchanged(base, meta, batch):
-    e = base.lower(inputs(batch))
+    e = base.lower(batch.observation)
     with torch.no_grad():
         meta.write.zero_()
     assert torch.equal(meta.control(e, torch.randn(*e.shape[:2], 8)), e)
     assert torch.equal(rl.LabelledControllers(CONFIG)(e[:, :-1], batch.subgoal), e[:, :-1])
     worlds = rl.two_worlds(replace(CONFIG, mirror=False), base, batch, generator())
     loss, parts, _ = rl.discovery_loss(base, meta, *worlds, 0.0, generator())
-    assert loss.item() == pytest.approx(rl.action_loss(base(inputs(batch)), batch).item(), abs=1e-6)
+    assert loss.item() == pytest.approx(rl.action_loss(base(batch.observation), batch).item(), abs=1e-6)
 
 
 def test_low_rank_control_is_the_matrix_product(meta):
@@ -321,7 +359,7 @@ def test_gate_replaces_and_holds():
 
 def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the_future(base, meta, batch):
     with torch.no_grad():
-        e = meta.norm(base.lower(inputs(batch)))
+        e = meta.norm(base.lower(batch.observation))
         changed = e.clone()
         changed[torch.arange(24), batch.length] += 3
         mu, _, features = meta.propose(e, batch.length)
@@ -329,7 +367,7 @@ def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the
         shortest = int(batch.length.min())
         assert torch.equal(features[:, :shortest], features_changed[:, :shortest])
         assert (mu[:, 0] - mu_changed[:, 0]).abs().amax(1).min() > 1e-5
-        z, beta, _, _ = meta(base.lower(inputs(batch)), batch.length, generator())
+        z, beta, _, _ = meta(base.lower(batch.observation), batch.length, generator())
         assert (beta[:, 0] == 1).all()
         assert torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3]), atol=1e-6)
         assert not torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3] + 1), atol=1e-4)
@@ -338,7 +376,7 @@ def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the
 def test_history_excludes_the_present(base, meta, batch):
     """h_{t−1} with e_t: the gate of step t is the gate that acting computes step by step."""
     with torch.no_grad():
-        e = base.lower(inputs(batch))
+        e = base.lower(batch.observation)
         z, beta, _, _ = meta(e, batch.length, generator())
         control = rl.InternalControl(replace(CONFIG, threshold=-1.0), meta, lambda x, games: z[games, len(control.trace)], 24)
         games = torch.arange(24)
@@ -365,12 +403,13 @@ def test_kl_against_torch():
 
 def test_mirrored_trajectories_still_obey_the_rules(batch):
     world = rl.mirrored(CONFIG, batch, generator())
-    assert not torch.equal(world.objects, batch.objects)
-    layouts = gridworld.Layouts(world.agent[:, 0], world.objects[:, :4], world.objects[:, 4:])
+    objects, agent = world.observation[:, 0, :-1], world.observation[..., -1]
+    assert not torch.equal(world.observation, batch.observation)
+    layouts = gridworld.Layouts(agent[:, 0], objects[:, :4], objects[:, 4:])
     game = gridworld.Game(layouts, 5, [0], 60)
     for t in range(int(batch.length.min())):
-        to = game.next_cell.view(24, 25, 4)[torch.arange(24), world.agent[:, t], world.action[:, t]]
-        assert torch.equal(to, world.agent[:, t + 1])
+        to = game.next_cell.view(24, 25, 4)[torch.arange(24), agent[:, t], world.action[:, t]]
+        assert torch.equal(to, agent[:, t + 1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------- RL
@@ -414,9 +453,10 @@ def test_advantage_and_surrogate_by_hand():
 
 def test_gate_scores_by_hand():
     subgoal = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])
-    batch = rl.Batch(None, None, torch.zeros(1, 10, dtype=torch.long), subgoal, torch.tensor([10]))
+    batch = rl.Batch(None, torch.zeros(1, 10, dtype=torch.long), subgoal, torch.tensor([10]))
     beta = torch.tensor([[1.0, 0, 0, 0, 0.9, 0, 0.9, 0, 0, 0, 0]])  # one near the change at 3, one false; the change at 8 is missed
-    assert rl.gate_scores(beta, batch, 0.5) == (0.5, 0.5)
+    assert rl.gate_scores(beta, batch, 0.5, 1) == (0.5, 0.5)
+    assert rl.gate_scores(beta, batch, 0.5, 2) == (1.0, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
@@ -453,7 +493,7 @@ def test_tiny_run_end_to_end(tmp_path):
 
 def test_resumed_run_equals_uninterrupted(tmp_path):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
-    config = rl.Settings(**{**rl.PRESETS["tiny"], "pretrain_steps": 48, "audition_steps": 32, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
+    config = rl.Settings(**{**rl.PRESETS["gridworld", "tiny"], "pretrain_steps": 48, "audition_steps": 32, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
                             "steer_steps": 16})
 
     def everything(run):
@@ -500,7 +540,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
-    run = rl.Run(rl.Settings(**rl.PRESETS["tiny"]), tmp_path, torch.device("cpu"))
+    run = rl.Run(rl.Settings(**rl.PRESETS["gridworld", "tiny"]), tmp_path, torch.device("cpu"))
     module = torch.nn.Linear(1, 1)
     with pytest.raises(SystemExit) as stopped:
         rl.train(run, "pretrain", {"base": module}, {}, generator(), 3, lambda i: {"loss": float("nan") if i else 1.0}, 1, None)
