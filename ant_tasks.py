@@ -7,7 +7,7 @@ without reward, when the torso enters a wall cell, leaves the arena, or its heig
     game     = Game(layouts, size, tasks, max_steps)             n ants; game.step(torques [n, 8]), game.observation()
     torques  = gait(qpos, qvel, heading)                            an analytic expert: walks into any direction of the world
     paths    = expert_paths(layouts, size, tasks, max_steps, generator, sigma)     it solves tasks: the pretraining data
-    data     = ExpertData(folder, ...)                              tens of thousands of its episodes, kept on disk
+    shards   = expert_data(folder, shards, settings, make)          tens of thousands of its episodes, kept on disk
     env      = gymnasium.make("AntPinpad-v0")                       one ant with the Gymnasium interface
     python ant_tasks.py                                             success of the expert, simulation speed, a picture and an animation
 
@@ -15,12 +15,13 @@ The ant is gymnasium's ant.xml. Units: metres, seconds, radians; torques in −1
 northernmost (largest y), column 0 the westernmost (smallest x), the arena's centre is the origin.
 Dims: n ants, O colours, W walls, N = O + W objects.
 """
+import argparse
 import json
 import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium
@@ -32,9 +33,14 @@ import gridworld
 
 CELL = 1.0  # m
 HEALTHY = (0.2, 1.0)  # torso height, m
+# differs from the paper, or makes it precise: the ankles start bent, because the model's zero pose is beyond their limits and jumps off.
+START_HEIGHT, START_JOINTS = 0.55, np.array([0, 0.6, 0, -0.6, 0, -0.6, 0, 0.6])  # m, rad
 SUBSTEPS, CONTROL_STEP = 3, 0.05  # simulation steps in a control step, s
 QPOS, QVEL = 15, 14  # position (3), quaternion (4), joints (8); velocity (3), angular velocity (3), joint velocities (8)
 OBSERVATION, ACTION = 31, 8  # numbers of an observation without its 2·N for the objects, torques
+
+
+mujoco.set_mju_user_warning(lambda message: None)  # a broken simulation is reported as the reason why its game ended
 
 
 def load_model():
@@ -53,14 +59,18 @@ class Simulation:
     SPEC = (mujoco.mjtState.mjSTATE_TIME | mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL
             | mujoco.mjtState.mjSTATE_WARMSTART | mujoco.mjtState.mjSTATE_CTRL)
     model, threads = load_model(), os.cpu_count()
-    workers = ThreadPoolExecutor(threads)
 
-    def __init__(self, qpos, qvel):
-        self.state = np.zeros((len(qpos), mujoco.mj_stateSize(self.model, self.SPEC)))
+    def __init__(self, n):
+        self.state = np.zeros((n, mujoco.mj_stateSize(self.model, self.SPEC)))
         self.qpos, self.qvel = self.state[:, 1:1 + QPOS], self.state[:, 1 + QPOS:1 + QPOS + QVEL]  # views
         self.ctrl = self.state[:, -ACTION:]
-        self.qpos[:], self.qvel[:] = qpos, qvel
-        self.data = [mujoco.MjData(self.model) for _ in range(min(self.threads, len(qpos)))]
+        self.data = [mujoco.MjData(self.model) for _ in range(min(self.threads, n))]
+        self.workers = ThreadPoolExecutor(len(self.data))
+
+    def put(self, ants, qpos, qvel):
+        """Starts the ants (any index) anew from qpos [m, 15], qvel [m, 14]."""
+        self.state[ants] = 0
+        self.qpos[ants], self.qvel[ants] = qpos, qvel
 
     def step(self, torques, ants):
         """Steps the ants with the indices `ants` [m] under torques [m, 8]. Returns [m] bool: did MuJoCo complain (NaN, divergence)?"""
@@ -77,7 +87,8 @@ class Simulation:
                     mujoco.mj_resetData(self.model, data)
 
         many = len(self.data)
-        list(self.workers.map(work, self.data, [ants[k::many] for k in range(many)]))
+        at_once = self.workers.map if many > 1 else map
+        list(at_once(work, self.data, [ants[k::many] for k in range(many)]))
         return broken[ants]
 
 
@@ -123,14 +134,14 @@ def on_cpu(generator):
 
 
 def with_pose(layouts, size, generator):
-    """Puts an ant anywhere into each layout's agent cell, at any yaw, joints and velocities within ±0.1 (App. A.2)."""
+    """Puts an ant anywhere into each layout's agent cell, at any yaw, joints within ±0.1 of START_JOINTS and velocities within ±0.1 (App. A.2)."""
     n = len(layouts)
     uniform = lambda *shape: torch.rand(n, *shape, generator=generator, dtype=torch.float64) * 2 - 1
     qpos, qvel, yaw = torch.zeros(n, QPOS, dtype=torch.float64), 0.1 * uniform(QVEL), math.pi * uniform()
     qpos[:, :2] = torch.from_numpy(centres(layouts.agent, size)) + uniform(2) * CELL / 2
-    qpos[:, 2] = Simulation.model.qpos0[2]
+    qpos[:, 2] = START_HEIGHT
     qpos[:, 3], qpos[:, 6] = (yaw / 2).cos(), (yaw / 2).sin()
-    qpos[:, 7:] = 0.1 * uniform(8)
+    qpos[:, 7:] = torch.from_numpy(START_JOINTS) + 0.1 * uniform(8)
     return Layouts(layouts.agent, layouts.colours, layouts.walls, qpos, qvel)
 
 
@@ -157,19 +168,20 @@ class Game(gridworld.Game):
         self.objects = centres(layouts.objects, size)  # [B, N, 2]
         self.is_wall = np.zeros((len(layouts), size * size), dtype=bool)
         np.put_along_axis(self.is_wall, layouts.walls.numpy(), True, 1)
+        self.simulation, self.failure = Simulation(len(layouts)), torch.zeros_like(layouts.agent)
         super().__init__(layouts, size, tasks, max_steps)
 
-    def reset(self):
-        """Puts all games back to their start."""
-        super().reset()
-        self.simulation = Simulation(self.layouts.qpos.numpy(), self.layouts.qvel.numpy())
-        self.failure = torch.zeros_like(self.agent)
+    def reset(self, games=None):
+        super().reset(games)
+        again = torch.ones_like(self.done) if games is None else games
+        self.failure = self.failure.masked_fill(again, 0)
+        self.simulation.put(again.numpy(), self.layouts.qpos[again].numpy(), self.layouts.qvel[again].numpy())
 
     def step(self, torques):
         """torques [B, 8] in −1 … 1, tensor or array → reward, terminated, truncated, each [B]. Finished games stay as they are."""
         running = (~self.done).numpy().nonzero()[0]
         torques = np.asarray(torques, dtype=np.float64)[running]
-        broken = self.simulation.step(torques, running) | ~np.isfinite(torques).all(1)
+        broken = self.simulation.step(torques, running)
         qpos = self.simulation.qpos[running]
         broken |= ~np.isfinite(qpos).all(1)
         cell, inside = cells_at(qpos[:, :2], self.size)
@@ -399,3 +411,186 @@ def body_features(observation, size):
     seen = torch.nn.functional.normalize(torch.stack([(neighbours * yaw[..., None, :]).sum(-1), (neighbours * across[..., None, :]).sum(-1)], -1), dim=-1)
     return torch.cat([observation[..., :1], matrix.flatten(-2), observation[..., 5:13], forward.sign() * forward.abs().log1p(),
                       observation[..., 16:27], seen.flatten(-2)], -1)
+# ---------------------------------------------------------------------------------------------------------------- drawing
+
+def picture(observation, size, colours, pixels=64):
+    """The arena from above, drawn from one observation [31 + 2N] alone: RGB [size·pixels, size·pixels, 3] uint8, y upwards. The first
+    `colours` objects are coloured cells, the others walls; the ant is black with a white rim. Works without a screen or OpenGL."""
+    observation, arena = np.asarray(observation, dtype=np.float64), size * CELL
+    xy = observation[27:29] * arena / 2
+    objects = cells_at(xy + observation[31:].reshape(-1, 2) * arena, size)[0]
+    image = gridworld.draw_cells(objects[:colours], objects[colours:], size, pixels)
+
+    model = Simulation.model
+    data = mujoco.MjData(model)
+    data.qpos[:] = np.concatenate([xy, observation[:QPOS - 2]])
+    mujoco.mj_kinematics(model, data)
+    x = (np.arange(size * pixels) + 0.5) / pixels * CELL - arena / 2
+    points = np.stack(np.meshgrid(x, -x), -1)  # [size·pixels, size·pixels, 2] m
+    outside = np.inf  # distance of each point from the ant, m; negative inside
+    for geom in np.flatnonzero(model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE):
+        # Seen from above a capsule is a line with round ends; the torso, a sphere, is one without length.
+        radius, half = model.geom_size[geom, :2]
+        axis = 2 * half * data.geom_xmat[geom].reshape(3, 3)[:2, 2]
+        offset = points - (data.geom_xpos[geom, :2] - axis / 2)
+        share = (offset @ axis / max(axis @ axis, 1e-9)).clip(0, 1)[..., None]  # of the nearest point along the line
+        outside = np.minimum(outside, np.linalg.norm(offset - share * axis, axis=-1) - radius)
+    for rim, shade in ((0.03, 255), (0, 0)):  # m
+        cover = ((rim - outside) * pixels / CELL + 0.5).clip(0, 1)[..., None]  # soft over one pixel
+        image = image + cover * (shade - image)
+    return image.round().astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------------------------------- Gymnasium
+
+def vector(values, count):
+    """values as float64 [count], or None if they are something else or not finite."""
+    try:
+        values = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return values if values.shape == (count,) and np.isfinite(values).all() else None
+
+
+class AntPinpad(gridworld.GridworldPinpad):
+    """One ant with the Gymnasium interface (a batch of one `Game`).
+
+    Observation: Box [31 + 2N] float32, see `Game.observation`. Action: Box [8], torques in −1 … 1. Info: stage, cell (under the
+    torso), colours, walls (cells), reason (why the game ended, "" before). `reset(options={"agent": …, "colours": …, "walls": …,
+    "task": …, "qpos": …, "qvel": …})` sets up a layout and a pose; what is left out is drawn. The agent's cell follows from qpos.
+    """
+    metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / CONTROL_STEP)}
+    options = (*gridworld.GridworldPinpad.options, "qpos", "qvel")
+
+    def __init__(self, size=4, colours=4, walls=1, max_steps=500, task="0-1-2-3", render_mode=None):
+        super().__init__(size, colours, walls, max_steps, task, render_mode)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION + 2 * (colours + walls),), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        options = dict(options or {})
+        for name, count in (("qpos", QPOS), ("qvel", QVEL)):
+            if name in options:
+                options[name] = vector(options[name], count)
+                if options[name] is None:
+                    raise ValueError(f"{name} is not {count} finite numbers")
+        if "qpos" in options:
+            cell, inside = cells_at(options["qpos"][:2], self.size)
+            if not inside or abs(np.linalg.norm(options["qpos"][3:7]) - 1) > 1e-4:
+                raise ValueError("qpos needs a position inside the arena and a quaternion (its numbers 3 to 6) of length 1")
+            if "agent" in options:
+                raise ValueError("agent and qpos are both given; the agent's cell follows from qpos")
+            options["agent"] = int(cell)
+        return super().reset(seed=seed, options=options)
+
+    def _new_game(self, layouts, task, options, generator):
+        layouts = with_pose(layouts, self.size, generator)
+        pose = {name: torch.from_numpy(options[name])[None] for name in ("qpos", "qvel") if name in options}
+        return Game(replace(layouts, **pose), self.size, task, self.max_steps)
+
+    def _batched(self, action):
+        torques = vector(action, ACTION)
+        if torques is None or abs(torques).max() > 1:
+            raise ValueError(f"action {action!r} is not {ACTION} torques in −1 … 1")
+        return torques[None]
+
+    def render(self):
+        if self.render_mode is None or self.game is None:
+            return None
+        return picture(self._observation(), self.size, self.colours)
+
+    def _observation(self):
+        return self.game.observation()[0].numpy()
+
+    def _info(self):
+        info = super()._info()
+        return {"cell": info.pop("agent"), **info, "reason": self.game.reason(0)}
+
+
+gymnasium.register("AntPinpad-v0", entry_point=AntPinpad)
+
+
+# ------------------------------------------------------------------------------------------------------------------- demo
+
+def demo(folder, n, seed):
+    """Prints the success of n expert episodes of each kind and the speed of the simulation; writes one episode as ant.png and ant.gif."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image  # comes with matplotlib
+
+    size, colours, walls, max_steps = 4, 4, 1, 500
+    withheld = torch.tensor([[0, 1, 2, 3]])
+
+    def episodes(tasks, sigma, n, max_steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        layouts, own = draw_layouts(n, size, colours, walls, generator), tasks[torch.arange(n) % len(tasks)]
+        return layouts, own, expert_paths(layouts, size, own, max_steps, generator, sigma)
+
+    print(f"{n} expert episodes each{'success':>24}{'mean steps':>14}")
+    for name, tasks in (("16 pretraining tasks", gridworld.pretraining_tasks("singles")[0]), ("0-1-2-3", withheld)):
+        for sigma in (0, 0.1):
+            paths = episodes(tasks, sigma, n, max_steps, seed)[2]
+            print(f"{f'{name}, σ = {sigma}':32}{paths.solved.float().mean():15.3f}{paths.length.float().mean():14.1f}", flush=True)
+
+    ants, steps = 256, 50
+    layouts, own, paths = episodes(withheld, 0, ants, steps, seed)
+    game, start = Game(layouts, size, own, steps), time.perf_counter()
+    for t in range(paths.action.shape[1]):
+        game.step(paths.action[:, t])
+        game.observation()
+    rate = paths.length.sum().item() / (time.perf_counter() - start)
+    print(f"simulation with observations, {ants} ants, {Simulation.threads} threads: {rate:,.0f} control steps/s")
+
+    layouts, _, paths = episodes(withheld, 0, 32, max_steps, seed + 1)
+    chosen = int(paths.solved.int().argmax())  # the first that is solved
+    length, stage, seen = int(paths.length[chosen]), paths.stage[chosen], paths.observation[chosen]
+    edge = size * CELL / 2
+    xy = seen[:, 27:29].numpy() * edge
+    figure, axis = plt.subplots(figsize=(4.4, 4.6))
+    axis.imshow(picture(seen[0], size, colours, 128), extent=(-edge, edge, -edge, edge))
+    for k, colour in enumerate(withheld[0].tolist()):
+        part = (stage[:length] == k).nonzero()[:, 0]
+        line = xy[part[0]:part[-1] + 2].T
+        axis.plot(*line, color="white", linewidth=5)
+        axis.plot(*line, color=gridworld.PALETTE[colour] / 255, linewidth=3)
+        axis.text(*centres(layouts.colours[chosen, colour], size), colour, color="white", fontsize=18, ha="center", va="center")
+    axis.set(xticks=[], yticks=[], title=f"0-1-2-3 solved in {length} steps, {length * CONTROL_STEP:.1f} s")
+    frames = []
+    for t in [*range(0, length, 4), length]:
+        frame = np.empty((size * 64 + 16,) * 2 + (3,), dtype=np.uint8)
+        frame[:] = gridworld.PALETTE[withheld[0, stage[min(t, length - 1)]]]  # the frame shows the colour pursued
+        frame[8:-8, 8:-8] = picture(seen[t], size, colours)
+        frames.append(Image.fromarray(frame))
+    figure.tight_layout()
+    figure.savefig(folder / "ant.png", dpi=110)
+    plt.close(figure)
+    frames[0].save(folder / "ant.gif", save_all=True, append_images=frames[1:], duration=[100] * (len(frames) - 1) + [1500], loop=0)
+    print(f"written: {folder / 'ant.png'}, {folder / 'ant.gif'} (the frame's colour is the one pursued; twice the real speed)")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"ant_tasks.py: {message}\n")
+
+
+def main(arguments=None):
+    parser = Parser(prog="ant_tasks.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+                    description="ant-pinpad: success of the expert, speed of the simulation, a picture and an animation.")
+    parser.add_argument("--episodes", type=int, default=1000, help="expert episodes of each kind, 1 … 5000")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--out", type=Path, default=Path("assets"), metavar="FOLDER", help="where ant.png and ant.gif go")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.episodes <= 5000:
+        parser.error(f"--episodes {options.episodes} is outside 1 … 5000")
+    if not 0 <= options.seed < 2 ** 40:
+        parser.error(f"--seed {options.seed} is outside 0 … 2^40 − 1")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+    demo(options.out, options.episodes, options.seed)
+
+
+if __name__ == "__main__":
+    main()

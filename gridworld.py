@@ -364,8 +364,8 @@ PALETTE = np.array([[228, 26, 28], [55, 126, 184], [77, 175, 74], [255, 170, 0],
                     [247, 129, 191], [120, 120, 0], [90, 90, 160]], dtype=np.uint8)
 
 
-def draw(agent, colours, walls, size, pixels=32):
-    """One RGB picture [G·pixels, G·pixels, 3] uint8: coloured cells, dark walls, the agent a black dot with a white rim."""
+def draw_cells(colours, walls, size, pixels):
+    """One RGB picture [G·pixels, G·pixels, 3] uint8: coloured cells, dark walls, grid lines."""
     picture = np.full((size, size, 3), 245, dtype=np.uint8)
     for i, cell in enumerate(colours):
         picture[cell // size, cell % size] = PALETTE[i % len(PALETTE)]
@@ -373,6 +373,12 @@ def draw(agent, colours, walls, size, pixels=32):
         picture[cell // size, cell % size] = 70
     picture = picture.repeat(pixels, 0).repeat(pixels, 1)
     picture[::pixels] = picture[:, ::pixels] = 200
+    return picture
+
+
+def draw(agent, colours, walls, size, pixels=32):
+    """The cells, with the agent a black dot with a white rim: [G·pixels, G·pixels, 3] uint8."""
+    picture = draw_cells(colours, walls, size, pixels)
     y, x = np.mgrid[:pixels, :pixels] - (pixels - 1) / 2
     radius = np.hypot(x, y) / pixels
     square = picture[agent // size * pixels:, agent % size * pixels:][:pixels, :pixels]
@@ -393,6 +399,7 @@ class GridworldPinpad(gymnasium.Env):
     `reset(options={"agent": …, "colours": …, "walls": …, "task": …})` sets up a layout; what is left out is drawn.
     """
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+    options = ("agent", "colours", "walls", "task")  # of `reset`
 
     def __init__(self, size=7, colours=8, walls=4, max_steps=100, task="0-1-2-3-4-5-6-7-0-1-2-3", render_mode=None):
         check_sizes(size, colours, walls, max_steps)
@@ -408,16 +415,19 @@ class GridworldPinpad(gymnasium.Env):
         super().reset(seed=seed)
         generator = torch.Generator().manual_seed(int(self.np_random.integers(2 ** 62)))
         options = dict(options or {})
-        unknown = set(options) - {"agent", "colours", "walls", "task"}
+        unknown = set(options) - set(self.options)
         if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known are agent, colours, walls, task")
+            raise ValueError(f"unknown reset options {sorted(unknown)}; known are {', '.join(self.options)}")
         task = parse_task(options["task"], self.colours) if "task" in options else self.task
         if {"agent", "colours", "walls"} & set(options):
             layouts = self._given_layout(options, generator)
         else:
             layouts = draw_layouts(1, self.size, self.colours, self.walls, generator)
-        self.game = Game(layouts, self.size, task, self.max_steps)
+        self.game = self._new_game(layouts, task, options, generator)
         return self._observation(), self._info()
+
+    def _new_game(self, layouts, task, options, generator):
+        return Game(layouts, self.size, task, self.max_steps)
 
     def _given_layout(self, options, generator):
         cells, counts = self.size ** 2, {"agent": 1, "colours": self.colours, "walls": self.walls}
@@ -443,10 +453,13 @@ class GridworldPinpad(gymnasium.Env):
     def step(self, action):
         if self.game is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
+        reward, terminated, truncated = self.game.step(self._batched(action))
+        return self._observation(), reward.item(), terminated.item(), truncated.item(), self._info()
+
+    def _batched(self, action):
         if not self.action_space.contains(action):
             raise ValueError(f"action {action!r} is none of 0 (up), 1 (down), 2 (left), 3 (right)")
-        reward, terminated, truncated = self.game.step(torch.tensor([int(action)]))
-        return self._observation(), reward.item(), terminated.item(), truncated.item(), self._info()
+        return torch.tensor([int(action)])
 
     def render(self):
         if self.render_mode is None or self.game is None:

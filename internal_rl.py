@@ -989,6 +989,11 @@ def frozen(module):
     return module.requires_grad_(False).eval()
 
 
+def held_out_batch(run, n, noise=0.0):
+    """n expert trajectories that no stage trains on; of the ant, whose episodes are ten times as long, a quarter."""
+    return expert_batch(run.config, n // 4 if run.config.task == "ant" else n, run.evaluation_generator(), noise)
+
+
 def evaluation_layouts(run, n, number=2):
     return draw_layouts(run.config, n, run.evaluation_generator(number))
 
@@ -1007,7 +1012,7 @@ def pretrain(run):
     base = Base(config).to(run.device)
     print(f"pretrain: base model with {sum(p.numel() for p in base.parameters()):,} parameters", flush=True)
     floor = action_floor(run)
-    held_out = expert_batch(config, 1024, run.evaluation_generator(), config.noise)
+    held_out = held_out_batch(run, 1024, config.noise)
 
     def loss_of(batch, step, generator):
         # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they are faster on recent CPUs.
@@ -1041,7 +1046,7 @@ def action_floor(run):
 def probe(run, base):
     """Stage 2: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1)"""
     config = run.config
-    probe, held_out = Probe(config).to(run.device), expert_batch(config, 1024, run.evaluation_generator())
+    probe, held_out = Probe(config).to(run.device), held_out_batch(run, 1024)
 
     def of_batch(batch):
         with torch.no_grad():
@@ -1104,7 +1109,7 @@ def held_share(run, base, meta):
 def inspect_codes(run, base, meta):
     """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
     config, generator = run.config, run.evaluation_generator(4)
-    batch = expert_batch(config, 512, run.evaluation_generator())
+    batch = held_out_batch(run, 512)
     _, beta, mu, _ = meta(base.lower(batch.observation), batch.length, generator)
     precision, recall = gate_scores(beta, batch, config.threshold, config.tolerance)
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
 
-import ant_tasks
+import ant_tasks as ant
 import gridworld
 import internal_rl as rl
 
@@ -457,6 +457,308 @@ def test_gate_scores_by_hand():
     beta = torch.tensor([[1.0, 0, 0, 0, 0.9, 0, 0.9, 0, 0, 0, 0]])  # one near the change at 3, one false; the change at 8 is missed
     assert rl.gate_scores(beta, batch, 0.5, 1) == (0.5, 0.5)
     assert rl.gate_scores(beta, batch, 0.5, 2) == (1.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- ant
+
+GAIT = [  # qpos, qvel, heading → torques
+    ([-0.13686455, 0.66245898, 0.55532371, 0.91621166, 0.0541055, -0.02119909, 0.39645855, -0.05446933, 1.12194127, 0.02187957,
+      -0.79499455, -0.03859357, -0.49791933, -0.07579754, 0.8729075],
+     [-0.33100576, 1.54892886, -0.31118978, -0.56430937, -1.5135197, 0.09412552, 0.68293346, -1.29391741, 3.30536077, -3.7706957,
+      -0.89492081, 2.02755325, -3.0737023, 1.7404427], 1.89677162,
+     [0.13755518, -0.1920213, 0.02173562, -0.72389185, -0.13190183, 0.17599634, 0.08066003, -0.28445132]),
+    ([0.29092672, -0.60840189, 0.54910514, 0.24111155, 0.04962355, -0.0493605, -0.96797018, -0.12544155, 0.98273645, -0.08943519,
+      -0.77632724, 0.15734912, -0.8283892, -0.02213841, 0.55194293],
+     [0.25168232, -1.25590204, 0.46452992, 1.18578837, -0.53102647, -0.0123854, -1.38636935, 4.01796093, -2.55832225, 5.0737273, 1.10240128,
+      4.46530061, 1.25996746, -0.49784968], -1.46944684,
+     [-0.16567544, 0.39994787, 0.24474089, -0.10780265, 0.44730644, -0.62630208, -0.23115638, -0.08279466]),
+    ([-0.3622633, 0.49174451, 0.55829158, 0.2018435, -0.02013015, -0.11270703, 0.97270299, 0.06894765, 0.64996493, -0.05189795, -0.53300342,
+      -0.08567193, -1.12373163, 0.00771716, 1.13853988],
+     [-0.70285574, 0.9008355, -0.28621908, -2.74470109, 1.84458141, 0.1985619, 2.46500855, 2.3237047, -2.15211888, 1.87311284, -2.06510998,
+      -3.78688049, 1.31412592, -4.16990614], 2.70816167,
+     [0.02328467, -0.38095727, -0.14871084, 0.38645721, 0.11597079, -0.2616203, 0.08899681, 0.98893057]),
+]
+
+
+def test_gait_matches_its_test_vectors():
+    qpos, qvel, heading, torque = (np.array(column) for column in zip(*GAIT))
+    assert np.abs(ant.gait(qpos, qvel, heading) - torque).max() < 1e-6
+
+
+def ant_game(task, ants=1, max_steps=50):
+    """4×4:  @ 0 1 2 / . # . 3 / . . . . / . . . .   with ants at rest."""
+    layouts = gridworld.Layouts(*(torch.tensor([cells] * ants) for cells in (0, [1, 2, 3, 7], [5])))
+    layouts = ant.with_pose(layouts, 4, generator())
+    layouts.qvel.zero_()
+    return ant.Game(layouts, 4, gridworld.parse_task(task, 4), max_steps)
+
+
+def put(game, x, y, i=0, torques=0.0):
+    """Puts ant i above a point and lets one control step pass. Returns reward, terminated, truncated, reason of ant i."""
+    game.simulation.qpos[i, :2] = x, y
+    reward, terminated, truncated = (part[i].item() for part in game.step(np.full((len(game.done), 8), torques)))
+    return reward, terminated, truncated, game.reason(i)
+
+
+def test_ant_visits_colours_in_order():
+    game = ant_game("0-1")
+    assert put(game, -1.8, 1.8) == (0, False, False, "") and game.agent.item() == 0
+    assert put(game, -0.9, 1.1) == (0, False, False, "") and game.stage.item() == 1
+    assert put(game, -0.2, 1.9) == (0, False, False, "") and game.stage.item() == 1  # still on colour 0: not a second, wrong visit
+    assert put(game, -0.5, -0.2) == (0, False, False, "") and game.agent.item() == 9
+    assert put(game, 0.5, 1.5) == (1, True, False, "solved")
+    assert put(game, -1.5, -1.5) == (0, True, False, "solved")  # over: nothing moves any more
+    assert (game.agent.item(), game.steps.item(), game.stage.item()) == (2, 5, 2)
+
+
+@pytest.mark.parametrize("x,y,reason", [(0.5, 1.5, "wrong colour"), (-0.5, 0.5, "wall"), (2.1, 0.5, "outside"), (-2.1, 0.5, "outside"),
+                                        (0.5, 2.1, "outside"), (0.5, -2.1, "outside")])
+def test_what_ends_an_ants_game(x, y, reason):
+    game = ant_game("0-1")
+    assert put(game, x, y) == (0, True, False, reason)
+    assert put(game, -0.5, 1.5)[0] == 0 and game.stage.item() == 0  # too late
+
+
+def test_ant_falls(monkeypatch):
+    game = ant_game("0-1")
+    game.simulation.qpos[0, 2] = 1.1
+    assert put(game, -0.5, 1.5) == (0, True, False, "fallen") and game.stage.item() == 0  # the colour below it does not count
+    monkeypatch.setattr(ant, "HEALTHY", (0.9, 1.0))
+    assert put(ant_game("0"), -0.5, 1.5) == (0, True, False, "fallen")
+
+
+def test_ants_time_limit():
+    game = ant_game("0-1", max_steps=2)
+    assert put(game, -0.5, 1.5) == (0, False, False, "")
+    assert put(game, -0.5, 1.5) == (0, False, True, "time")
+    assert put(ant_game("0", max_steps=1), -0.5, 1.5) == (1, True, False, "solved")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_broken_simulation_ends_only_its_own_game(threads, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo may leave a MUJOCO_LOG.TXT
+    monkeypatch.setattr(ant.Simulation, "threads", threads)
+    healthy, game = ant_game("0-1", ants=6), ant_game("0-1", ants=6)
+    torques = np.random.default_rng(0).uniform(-1, 1, (3, 6, 8))
+    for t in range(3):
+        healthy.step(torques[t])
+        if t == 1:
+            torques[t, 0] = np.nan
+            game.simulation.qvel[1] = 1e12
+            game.simulation.qpos[0, :2] = -0.5, 1.5  # above the right colour
+        reward, terminated, _ = game.step(torques[t])
+    assert [game.reason(i) for i in range(6)] == ["simulation"] * 2 + [""] * 4
+    assert reward.sum() == 0 and game.stage.sum() == 0 and terminated.tolist() == [True] * 2 + [False] * 4
+    assert np.array_equal(game.simulation.state[2:], healthy.simulation.state[2:]) and torch.isfinite(game.observation()).all()
+
+
+def test_ants_are_the_same_on_any_number_of_threads(monkeypatch):
+    layouts, paths = ant.draw_layouts(9, 4, 4, 1, generator()), []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(ant.Simulation, "threads", threads)
+        paths.append(ant.expert_paths(layouts, 4, [0, 1, 2, 3], 60, generator(1), sigma=0.1))
+        assert torch.equal(paths[-1].observation, paths[0].observation) and torch.equal(paths[-1].action, paths[0].action)
+    assert not torch.equal(paths[0].action, ant.expert_paths(layouts, 4, [0, 1, 2, 3], 60, generator(2), sigma=0.1).action)
+
+
+def test_batched_ants_equal_gymnasium():
+    n, steps = 8, 45
+    layouts = ant.draw_layouts(n, 4, 4, 1, generator(4))
+    game, ends = ant.Game(layouts, 4, [0, 1, 2, 3], steps), collections.Counter()
+    envs = [gymnasium.make("AntPinpad-v0", max_steps=steps).unwrapped for _ in range(n)]
+    for i, env in enumerate(envs):
+        options = {name: getattr(layouts, name)[i].numpy() for name in ("colours", "walls", "qpos", "qvel")}
+        observation, info = env.reset(seed=i, options=options)
+        assert np.array_equal(observation, game.observation()[i]) and info["cell"] == layouts.agent[i]
+    noise, over = np.random.default_rng(0), [False] * n
+    for t in range(steps):
+        east = ant.gait(game.simulation.qpos, game.simulation.qvel, np.zeros(n)) + 0.1 * noise.standard_normal((n, 8))
+        torques = east.clip(-1, 1).astype(np.float32)
+        reward, terminated, truncated = game.step(torques)
+        for i in np.flatnonzero(~np.array(over)):
+            observation, r, term, trunc, info = envs[i].step(torques[i])
+            assert np.array_equal(observation, game.observation()[i]) and (r, term, trunc) == (reward[i], terminated[i], truncated[i])
+            assert (info["stage"], info["cell"], info["reason"]) == (game.stage[i], game.agent[i], game.reason(i))
+            over[i] = term or trunc
+            ends[info["reason"]] += over[i]
+    assert all(over) and len(ends - collections.Counter([""])) >= 3, ends
+
+
+@pytest.mark.parametrize("mode", [None, "rgb_array"])
+def test_ant_gymnasium_checks(mode):
+    env = gymnasium.make("AntPinpad-v0", render_mode=mode).unwrapped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*A Box observation space m..imum value is -?infinity.*")  # as of gymnasium's own ants
+        check_env(env)
+    first, info = env.reset(seed=5)
+    assert np.array_equal(first, env.reset(seed=5)[0]) and not np.array_equal(first, env.reset(seed=6)[0])
+    assert first.shape == (41,) and (info["stage"], info["reason"]) == (0, "")
+    picture = env.render()
+    assert picture is None if mode is None else picture.shape == (256, 256, 3)
+
+
+def test_ant_steps_are_refused_or_ignored():
+    env = gymnasium.make("AntPinpad-v0", max_steps=1).unwrapped
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros(8))
+    env.reset(seed=0)
+    for action in (np.zeros(7), np.zeros((1, 8)), np.full(8, np.nan), np.full(8, 1.01), "run", None, 0):
+        with pytest.raises(ValueError, match="8 torques"):
+            env.step(action)
+    observation, *_ = env.step([1, -1, 0, 0, 0, 0, 0, 0])
+    again, reward, terminated, truncated, info = env.step(np.ones(8))  # over
+    assert np.array_equal(observation, again) and (reward, terminated, truncated, info["reason"]) == (0, False, True, "time")
+
+
+POSE = [0.5, -0.5, 0.75, 1, 0, 0, 0] + [0] * 8  # in cell 10
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"qpos": POSE}, None), ({"qpos": POSE, "qvel": [0] * 14}, None), ({"qpos": POSE, "agent": 10}, "both"),
+    ({"qpos": POSE[1:]}, "15 finite"), ({"qpos": [9] + POSE[1:]}, "inside"),
+    ({"qpos": POSE[:3] + [0] * 12}, "length 1"),
+    ({"qvel": [np.nan] * 14}, "14 finite"), ({"qpos": POSE, "walls": [10]}, "same cell"), ({"agent": 16}, "0 to 15"),
+    ({"colours": [1]}, "4 needed"), ({"task": "0-4"}, "colour 4"), ({"qpo": POSE}, "known are agent, colours, walls, task, qpos, qvel"),
+])
+def test_given_ants(options, words):
+    env = gymnasium.make("AntPinpad-v0").unwrapped
+    if words is None:
+        observation, info = env.reset(seed=0, options=options)
+        assert info["cell"] == 10 and 10 not in [*info["colours"], *info["walls"]]
+        assert observation[:5].tolist() == [0.75, 1, 0, 0, 0] and observation[27:31].tolist() == [0.25, -0.25, 0, 0]
+        assert ("qvel" in options) == (not observation[13:27].any())
+    else:
+        with pytest.raises(ValueError, match=words):
+            env.reset(options=options)
+
+
+def test_picture_shows_cells_and_ant():
+    env = gymnasium.make("AntPinpad-v0", render_mode="rgb_array").unwrapped
+    yaw = np.radians(15)
+    pose = [-1.3, 0.8, 0.75, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)] + [0] * 8  # torso in the second row, first column; legs straight
+    env.reset(options={"colours": [0, 3, 12, 10], "walls": [15], "qpos": pose})
+    picture = env.render()
+    at = lambda x, y: picture[round((2 - y) * 64 - 0.5), round((x + 2) * 64 - 0.5)].tolist()
+    assert [at(*xy) for xy in ((-1.9, 1.9), (1.5, 1.5), (-1.5, -1.5), (0.5, -0.5))] == gridworld.PALETTE[:4].tolist()
+    assert at(1.5, -1.5) == [70] * 3 and at(1.5, 0.5) == [245] * 3
+    assert at(-1.3, 0.8) == at(-1.3 + 0.23, 0.8) == at(-1.3, 0.8 - 0.23) == [0] * 3  # the torso's radius is 0.25 m
+    for leg in range(4):  # stretched legs end 0.8·√2 m from the torso's centre
+        azimuth = yaw + np.radians(45 + 90 * leg)
+        leg = lambda r, side=0.0: (-1.3 + r * np.cos(azimuth) - side * np.sin(azimuth), 0.8 + r * np.sin(azimuth) + side * np.cos(azimuth))
+        inside = [xy for xy in (leg(0.4), leg(0.7), leg(1.1)) if max(map(abs, xy)) < 2]
+        assert inside and all(at(*xy) == [0] * 3 for xy in inside)
+        assert at(*leg(0.6, 0.11)) not in ([0] * 3, [245] * 3)  # the rim
+        if max(map(abs, leg(1.3))) < 2:
+            assert at(*leg(1.3)) != [0] * 3
+    assert 0.03 < (picture == 0).all(-1).mean() < 0.1  # the ant's area, of 16 m²
+
+
+def test_ant_expert_solves_tasks_and_walks_only_where_it_may():
+    tasks = gridworld.pretraining_tasks("singles")[0][torch.arange(64) % 16]
+    layouts = ant.draw_layouts(64, 4, 4, 1, generator(3))
+    paths = ant.expert_paths(layouts, 4, tasks, 500, generator(4), sigma=0.1)
+    assert paths.solved.float().mean() >= 0.85
+    for i in paths.solved.nonzero()[:, 0].tolist():
+        x, y = (paths.observation[i, :paths.length[i] + 1, 27:29].double() * 2).T.numpy()
+        assert max(abs(x).max(), abs(y).max()) <= 2
+        cells = [4 * int(2 - b) + int(2 + a) for a, b in zip(x, y)]
+        entered = [cell for before, cell in zip([None] + cells, cells) if cell != before]
+        assert cells[0] == layouts.agent[i] and layouts.walls[i].item() not in cells
+        colours = layouts.colours[i].tolist()
+        assert [colours.index(cell) for cell in entered if cell in colours] == tasks[i].tolist()
+
+
+def ant_command(*arguments):
+    return subprocess.run([sys.executable, ant.__file__, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_ant_command(tmp_path):
+    done = ant_command("--episodes", 2, "--out", tmp_path / "new/folder")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("σ") == 4 and "control steps/s" in done.stdout
+    assert (tmp_path / "new/folder/ant.png").stat().st_size and 0 < (tmp_path / "new/folder/ant.gif").stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("arguments,word", [(["--episodes", "0"], "episodes"), (["--episodes", "many"], "many"), (["--seed", "-1"], "seed"),
+                                            (["--bogus", "1"], "bogus"), (["--out", __file__], "--out")])
+def test_ant_command_refuses(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        ant.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and word in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_simulation_and_the_expert_are_symmetric():
+    """A mirrored start under mirrored torques gives the mirrored trajectory; the expert's torques in a mirrored world are mirrored."""
+    layouts = ant.draw_layouts(8, 4, 4, 1, generator())
+    maps, torque_maps = (x.double().numpy() for x in ant.symmetries(5))
+    assert len({m.round(3).tobytes() for m in maps}) == 8
+
+    def pose(simulation):  # in the order of an observation: height, quaternion, joints, velocities, xy
+        return np.concatenate([simulation.qpos[:, 2:], simulation.qvel, simulation.qpos[:, :2]], 1)
+
+    original = ant.Simulation(8)
+    original.put(slice(None), layouts.qpos.numpy(), layouts.qvel.numpy())
+    images, torques = [], np.random.default_rng(0).uniform(-1, 1, (40, 8, 8))
+    for m in maps:
+        start = pose(original) @ m[:29, :29].T
+        images.append(ant.Simulation(8))
+        images[-1].put(slice(None), np.concatenate([start[:, 27:], start[:, :13]], 1), start[:, 13:27])
+    for now in torques:
+        original.step(now, np.arange(8))
+        for image, m in zip(images, torque_maps):
+            image.step(now @ m.T, np.arange(8))
+    heading = np.linspace(-3, 3, 8)
+    towards, walked = np.stack([np.cos(heading), np.sin(heading)], -1), ant.gait(original.qpos, original.qvel, heading)
+    for image, m, torque_map in zip(images, maps, torque_maps):
+        assert np.abs(pose(image) - pose(original) @ m[:29, :29].T).max() < 1e-5
+        turned = towards @ m[27:29, 27:29].T
+        assert np.abs(ant.gait(image.qpos, image.qvel, np.arctan2(turned[:, 1], turned[:, 0])) - walked @ torque_map.T).max() < 1e-4
+
+
+def test_cells_and_body_features_can_be_read_off_the_observation():
+    layouts = ant.draw_layouts(50, 4, 4, 1, generator())
+    observation = ant.Game(layouts, 4, [0, 1], 9).observation()
+    assert torch.equal(ant.places(observation, 4), torch.cat([layouts.objects, layouts.agent[:, None]], 1))
+    features = ant.body_features(observation, 4)
+    assert features.shape == (50, ant.FEATURES)
+    # Turning the world turns the quaternion and the cells, but not what the ant feels of itself: height, joints, speeds in its own frame.
+    turned = ant.body_features(ant.turned(observation, torch.zeros(50, 8))[0], 4)
+    own = [0, *range(10, 32)]
+    assert torch.allclose(features[:, own], turned[:, own], atol=1e-5)
+    assert torch.allclose(features[:, 32:34], turned[:, 36:38], atol=1e-5)  # the way up is, after a quarter turn, the way left
+
+
+def test_expert_data_is_kept_and_refused_when_it_does_not_fit(tmp_path):
+    made = []
+    make = lambda i: made.append(i) or {"x": np.full(3, i)}
+    first = ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.1}, make)
+    again = ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.1}, make)
+    assert made == [0, 1] and [part["x"].tolist() for part in again] == [part["x"].tolist() for part in first] == [[0] * 3, [1] * 3]
+    with pytest.raises(ValueError, match="noise=0.1, not 0.2"):
+        ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.2}, make)
+    (tmp_path / "001.npz").write_bytes((tmp_path / "001.npz").read_bytes()[:100])
+    with pytest.raises(ValueError, match="001.npz cannot be read"):
+        ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.1}, make)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000.npz", "001.npz"]
+
+
+def test_stored_episodes_are_whole_and_mirrored_copies_keep_their_colours(tmp_path):
+    config = rl.Settings(**{**rl.PRESETS["ant", "tiny"], "trajectories": 24})
+    stored = rl.StoredEpisodes(config, tmp_path, 0.1)
+    count = len(stored.length)
+    assert 18 <= count <= 24 and len(stored.observation) == (stored.length + 1).sum()
+    whole = stored.pick(torch.arange(count))
+    for batch in [whole, *rl.expert_batches(config, 6, generator(), 0.1, 2, stored)]:
+        places = ant.places(batch.observation, 4)
+        rows = torch.arange(len(batch.length))
+        last = places[rows, batch.length]  # the episode ends on the colour it was heading for
+        target = batch.subgoal[rows, batch.length - 1]
+        assert torch.equal(last[:, -1], last.gather(1, target[:, None])[:, 0])
+        assert batch.observation.isfinite().all() and (batch.action.abs() <= 1).all()
+
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
