@@ -935,9 +935,9 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
     started = time.time()
 
     def save():
+        to_go_on = {"optimizers": {k: o.state_dict() for k, o in optimizers.items()}, "generator": generator.get_state()} if done < rounds else {}
         run.save(stage, modules={k: m.state_dict() for k, m in modules.items()}, round=done, device=run.device.type,
-                 optimizers={k: o.state_dict() for k, o in optimizers.items()}, generator=generator.get_state(),
-                 seconds=seconds + time.time() - started)
+                 seconds=seconds + time.time() - started, **to_go_on)
 
     while done < rounds:
         metrics = one_round(done)
@@ -1116,6 +1116,41 @@ def inspect_codes(run, base, meta):
             **held_share(run, base, meta)}
 
 
+def transplant(run, base, meta, n=256):
+    """Codes that were active when a colour was reached in one layout, injected into others (App. B.3.2): how often is that colour
+    the next one reached after step 30, and how often is 1 reached after 0, which never happens in the data? Each time beside the
+    same without the code."""
+    config, generator, moment = run.config, run.evaluation_generator(12), 30 if run.config.task == "ant" else 2
+    prior = InternalControl(config, meta, lambda e, games: torch.randn(len(e), config.n_z, generator=generator, device=e.device), 4 * n)
+    first = play(config, base, evaluation_layouts(run, 4 * n, 13), [0], generator, prior).first
+    found = [prior.z[first == colour] for colour in range(config.colours)]
+    if min(len(codes) for codes in found) == 0:
+        return {}  # some colour is never reached
+
+    def some(colour):
+        codes = found[colour]
+        return codes[torch.randint(len(codes), (), generator=generator, device=run.device)]
+
+    def rate(task, codes, active, counts):
+        def control(e, games, t):
+            stage = control.game.stage[games].to(e.device)
+            return torch.where(active(stage, t)[:, None], meta.control(e, codes[games, stage]), e)
+
+        episodes = play(config, base, evaluation_layouts(run, n, 14), task, run.evaluation_generator(15), control)
+        counted = counts(episodes)
+        return (episodes.success * counted).sum().item() / max(1, counted.sum().item())
+
+    target = torch.randint(config.colours, (n,), generator=generator, device=run.device).tolist()
+    codes = torch.stack([some(colour) for colour in target])[:, None]  # [n, 1, Z]
+    later = lambda stage, t: torch.full_like(stage, t >= moment, dtype=torch.bool)
+    always, never, at_first = (lambda stage, t: stage >= 0), (lambda stage, t: stage < 0), (lambda stage, t: stage == 0)
+    pairs = torch.stack([torch.stack([some(0), some(1)]) for _ in range(n)])  # [n, 2, Z]
+    still, arrived = (lambda episodes: episodes.length > moment), (lambda episodes: episodes.first == 0)
+    tasks = torch.tensor(target)[:, None]
+    return {"transplant": rate(tasks, codes, later, still), "transplant_without": rate(tasks, codes, never, still),
+            "withheld": rate([0, 1], pairs, always, arrived), "withheld_without": rate([0, 1], pairs, at_first, arrived)}
+
+
 def audition(run, base):
     """Stage 4, first half: several metacontrollers start without KL; returns the one whose held codes most consistently mean one colour.
 
@@ -1274,8 +1309,9 @@ def figures(run, base, meta, policy):
     figure, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
     for i, axis in enumerate(axes):
         steps = int(batch.length[i])
-        for t in range(steps):
-            axis.axvspan(t - 0.5, t + 0.5, color=palette[int(batch.subgoal[i, t])], alpha=0.35, lw=0)
+        changes = [0, *((batch.subgoal[i, 1:steps] != batch.subgoal[i, :steps - 1]).nonzero()[:, 0] + 1).tolist(), steps]
+        for t, following in zip(changes, changes[1:]):
+            axis.axvspan(t - 0.5, following - 0.5, color=palette[int(batch.subgoal[i, t])], alpha=0.35, lw=0)
         axis.step(range(steps), beta[i, :steps].cpu(), where="mid", color="black")
         axis.set(ylim=(-0.05, 1.05), yticks=[0, 1], ylabel="β")
     axes[0].set_title("Switch gate β over the expert's hidden subgoal (background colour)")
@@ -1297,7 +1333,7 @@ def figures(run, base, meta, policy):
     for method, colour in (("internal", palette[1]), ("raw", palette[0])):
         lines = [line for line in run.metrics() if line.get("method") == method]
         episodes, success = [line["episodes"] / 1000 for line in lines], np.array([line["success"] for line in lines])
-        axes[0].plot(episodes, success, color=colour, label={"internal": "internal RL", "raw": "token-level RL"}[method])
+        axes[0].plot(episodes, success, color=colour, label={"internal": "internal RL", "raw": f"{RAW[config.task]} RL"}[method])
         axes[1].semilogy(episodes, success.clip(min=0.5 / config.rl_batch), color=colour)
     axes[0].set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
     axes[1].set(xlabel="thousand episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
@@ -1329,50 +1365,59 @@ def figures(run, base, meta, policy):
     fired, steps = [], int(episodes.length[best])
     for games, _, switched in control.trace[:steps]:
         fired.append(bool(switched[games == best][0]))
-    frames = [WORLDS[config.task].picture(observation, config.size, config.colours) for observation in episodes.observation[best, :steps + 1]]
     segment = np.cumsum(fired)  # which code is in force at each step
+
+    def frame(t):
+        return WORLDS[config.task].picture(episodes.observation[best, t], config.size, config.colours)
 
     def title(t):
         return "end" if t == steps else f"{t}: code {segment[t]}" + (" (new)" if fired[t] else "")
 
-    columns = min(8, len(frames))
-    rows = math.ceil(len(frames) / columns)
+    shown = sorted({*range(0, steps, math.ceil(steps / 15)), *np.flatnonzero(fired)[:9].tolist(), steps})
+    columns = min(8, len(shown))
+    rows = math.ceil(len(shown) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False)
-    for t, axis in enumerate(axes.flat):
+    for axis in axes.flat:
         axis.axis("off")
-        if t < len(frames):
-            axis.imshow(frames[t])
-            axis.set_title(title(t), fontsize=8, fontweight="bold" if t < steps and fired[t] else "normal")
+    for t, axis in zip(shown, axes.flat):
+        axis.imshow(frame(t))
+        axis.set_title(title(t), fontsize=8, fontweight="bold" if t < steps and fired[t] else "normal")
     finish("episode.png")
 
     figure, axis = plt.subplots(figsize=(3, 3.3))
-    picture = axis.imshow(frames[0])
+    picture = axis.imshow(frame(0))
     axis.axis("off")
 
     def show(t):
-        picture.set_data(frames[t])
+        picture.set_data(frame(t))
         axis.set_title(title(t), fontweight="bold" if t < steps and fired[t] else "normal")
         return [picture]
 
-    FuncAnimation(figure, show, frames=len(frames)).save(run.folder / "episode.gif", writer=PillowWriter(fps=2))
+    every, speed = (4, 10) if config.task == "ant" else (1, 2)
+    FuncAnimation(figure, show, frames=[*range(0, steps, every), steps]).save(run.folder / "episode.gif", writer=PillowWriter(fps=speed))
     plt.close(figure)
     print(f"figures: gates, probe, success, codes, episode in {run.folder}", flush=True)
 
 
 # ==================================================================================================================== main
 
-EXPECT = {  # name → (what it is, median of three seeds of the quick preset)
-    "gap": ("base model above the exact Bayes floor, nats per action", "0.04"),
-    "probe_best": ("linear probe of the hidden subgoal, best layer", "0.53"),
-    "base_success": ("base model alone on the post-training task", "0"),
-    "steer_success": ("labelled controllers on the post-training task", "0.75"),
-    "gate_precision": ("gate precision, ±1 step", "1"),
-    "gate_recall": ("gate recall, ±1 step", "1"),
-    "goal_accuracy": ("subgoal read from the code by nearest centroid", "1"),
-    "held_share": ("one held random code reaches the same colour (chance 1/K)", "0.74"),
-    "internal_success": ("internal RL, success on held-out layouts", "0.61"),
-    "raw_success": ("token-level RL, success on held-out layouts", "0"),
-    "seconds": ("seconds of all stages", ""),
+RAW = {"gridworld": "token-level", "ant": "raw-action"}
+EXPECT = {  # name → (what it is, median of the quick preset's seeds on the grid, with the ant)
+    "gap": ("base model above the best possible, nats per action", "0.04", ""),
+    "probe_best": ("linear probe of the hidden subgoal, best layer", "0.53", ""),
+    "base_success": ("base model alone on the post-training task", "0", ""),
+    "steer_success": ("labelled controllers on the post-training task", "0.75", ""),
+    "gate_precision": ("gate precision, ±1 step (ant: ±3)", "1", ""),
+    "gate_recall": ("gate recall, ±1 step (ant: ±3)", "1", ""),
+    "goal_accuracy": ("subgoal read from the code by nearest centroid", "1", ""),
+    "held_share": ("one held random code reaches the same colour (chance 1/K)", "0.74", ""),
+    "transplant": ("a code found elsewhere, injected: its colour is next", "", ""),
+    "transplant_without": ("… without it", "", ""),
+    "withheld": ("a code found elsewhere, injected: 1 follows 0", "", ""),
+    "withheld_without": ("… without it", "", ""),
+    "internal_success": ("internal RL, success on held-out layouts", "0.61", ""),
+    "raw_success": ("token-level or raw-action RL, success on held-out layouts", "0", ""),
+    "seconds": ("seconds of all stages", "", ""),
 }
 
 
@@ -1397,6 +1442,10 @@ def run_stages(run, stage):
     if wanted("discover") or stage == "rl":
         meta = discover(run, base)
         result.update({name: last_metric(run, "discover", name) for name in ("gate_precision", "gate_recall", "goal_accuracy", "held_share")})
+        if wanted("discover"):
+            moved = transplant(run, base, meta)
+            print("discover: transplanted codes", " ".join(f"{name} {value:.3f}" for name, value in moved.items()), flush=True)
+            result.update(moved)
     if wanted("rl"):
         policy = reinforcement(run, base, meta, "internal")
         result["internal_success"] = success_rate(run, base, acting_control(run, meta, policy, 1024, 0.0))
@@ -1416,10 +1465,11 @@ def last_metric(run, stage, name):
     refuse(f"{run.folder}/metrics.jsonl lacks {name} of {stage}, though {stage}.pt is finished; copy it too, or delete {stage}.pt")
 
 
-def print_table(results):
+def print_table(task, results):
     """One column a seed, then the median and what to expect."""
-    print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   quick, 3 seeds")
-    for name, (text, expected) in EXPECT.items():
+    print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   expect (quick)")
+    for name, (text, *expected) in EXPECT.items():
+        expected = expected[list(WORLDS).index(task)]
         values = [result.get(name) for result in results.values()]
         if None not in values:
             print(f"{text:62}" + "".join(f"{v:10.4g}" for v in values) + f"{np.median(values):10.4g}   {expected}")
@@ -1547,7 +1597,7 @@ def main(arguments=None):
         if run.stop is not None:
             raise SystemExit(128 + run.stop)
     if results:
-        print_table(results)
+        print_table(options.task, results)
     if len(results) > 1:
         together = Path(f"{folder}-results.json")
         together.write_text(json.dumps(results, indent=1) + "\n")
