@@ -281,12 +281,20 @@ class Headings:
         return np.arctan2(best[:, 1], best[:, 0])
 
 
-def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0):
-    """The expert solves tasks [B, K] in B layouts, with Gaussian noise of standard deviation sigma on its torques. A few of its
-    episodes fail."""
+BURST = 8  # steps
+
+
+def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0, bursts=0.0):
+    """The expert solves tasks [B, K] in B layouts, with Gaussian noise of standard deviation sigma on its torques. Some episodes fail.
+
+    With probability `bursts` a step it is made to walk into a random direction for the next 8 steps. The actions that are
+    returned are then still those that it would have taken, so they show how to come back.
+    """
+    # differs from the paper: bursts, because without them its motion tells so well what the expert does next that nothing else is learned.
     game, headings, generator = Game(layouts, size, tasks, max_steps), Headings(layouts, size), on_cpu(generator)
     simulation, target_of = game.simulation, game.tasks.view(len(layouts), -1).numpy()
     action, observation = torch.zeros(len(layouts), ACTION), game.observation()
+    burst_left, burst_heading = np.zeros(len(layouts), dtype=int), np.zeros(len(layouts))
     actions, observations, stages = [], [observation], []
     while not game.done.all():
         rows = (~game.done).numpy().nonzero()[0]
@@ -297,7 +305,16 @@ def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0):
         action[rows] = torch.from_numpy((torques + sigma * noise).clip(-1, 1)).float()
         stages.append(game.stage)
         actions.append(action)
-        game.step(action)
+        done = action.numpy().copy()
+        if bursts > 0:
+            chance, direction = torch.rand(2, len(rows), generator=generator, dtype=torch.float64).numpy()
+            starts = (chance < bursts) & (burst_left[rows] == 0)
+            burst_left[rows[starts]], burst_heading[rows[starts]] = BURST, 2 * np.pi * direction[starts]
+            pushed = burst_left[rows] > 0
+            torques = gait(qpos[pushed], qvel[pushed], burst_heading[rows[pushed]])
+            done[rows[pushed]] = (torques + sigma * noise[pushed]).clip(-1, 1)
+            burst_left[rows[pushed]] -= 1
+        game.step(done)
         observation[rows] = game.observation(rows)
         observations.append(observation)
     return gridworld.Paths(torch.stack(observations, 1), torch.stack(actions, 1), torch.stack(stages, 1), game.steps, game.stage == game.goal)

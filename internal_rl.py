@@ -65,7 +65,7 @@ WORLDS = {"gridworld": gridworld, "ant": ant_tasks}  # both offer draw_layouts, 
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"], "discover": ["pretrain", "audition"],
-    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"],
+    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"], "decide": [],
 }
 COMMANDS = ["all", "pretrain", "probe", "steer", "discover", "rl", "bench", "figures"]  # discover includes audition, rl includes raw
 
@@ -89,7 +89,7 @@ class Settings:
     view: str = setting("egocentric", "pretrain", "input form: 'egocentric' features or the paper's 'absolute' observation")
     base: str = setting("transformer", "pretrain", "base model: 'transformer' or 'hawk'")
     width: int = setting(128, "pretrain", "residual width n_e")
-    layers: int = setting(4, "pretrain", "blocks L of the base model; control acts after block L/2")
+    layers: int = setting(4, "pretrain", "blocks L of the base model")
     heads: int = setting(4, "pretrain", "attention heads; Hawk: blocks of the gates' matrices")
     mlp: int = setting(256, "pretrain", "hidden width of each block's MLP")
     pretrain_steps: int = setting(9600, "pretrain", "base model: training steps")
@@ -98,11 +98,15 @@ class Settings:
     weight_decay: float = setting(0.03, "pretrain", "AdamW weight decay (all supervised stages)")
     cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages)")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
+    next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
+    decision_steps: int = setting(0, "decide pretrain", "ant: training steps of the base model, before all others, that see only those moments")
+    bursts: float = setting(0.0, "pretrain", "ant: probability a step that the base model's expert is pushed into a random direction for 8 steps")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
     probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps")
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate")
+    control_layer: int = setting(0, "steer audition", "block l after which control acts; 0: the middle, L/2")
     post_task: str = setting("0-1-2-3", "steer rl raw", "post-training task, made of withheld transitions only")
     rank: int = setting(16, "steer audition", "rank of a linear controller U; 0: a full matrix")
     n_z: int = setting(8, "audition", "size of a controller code z")
@@ -133,7 +137,8 @@ class Settings:
 
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
             discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
-ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", next_obs=10.0, tolerance=3)
+ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", next_obs=1.0, next_cell=4.0, bursts=0.02, tolerance=3, pretrain_steps=2400,
+           decision_steps=3200)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
@@ -145,7 +150,7 @@ PRESETS = {  # (task, preset) → what differs from the defaults
         discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
         rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
     ("ant", "quick"): ANT,
-    ("ant", "tiny"): {**ANT, **TINY, "trajectories": 64, "max_steps": 250, "pretrain_steps": 32, "pretrain_batch": 8, "discover_batch": 8, "probe_steps": 8, "steer_steps": 16,
+    ("ant", "tiny"): {**ANT, **TINY, "trajectories": 64, "max_steps": 250, "decision_steps": 16, "pretrain_steps": 32, "pretrain_batch": 8, "discover_batch": 8, "probe_steps": 8, "steer_steps": 16,
                       "audition_steps": 8, "discover_steps": 16, "rl_episodes": 64, "rl_batch": 32, "rl_minibatch": 16},
     # Tables A2, A5, A8, A10, A14, A15.
     ("ant", "paper"): {**ANT, "view": "absolute", "trajectories": 100_000, "candidates": 1, "audition_steps": 1, "width": 256, "layers": 8, "heads": 8,
@@ -176,6 +181,16 @@ class Batch:
         longest = int(self.length[rows].max())
         return Batch(self.observation[rows, :longest + 1], self.action[rows, :longest], self.subgoal[rows, :longest], self.length[rows])
 
+    def only(self, chosen):
+        """The steps where `chosen` [B, T], one after the other, and the last observation."""
+        count = (chosen & self.valid).sum(1)
+        steps = torch.arange(chosen.shape[1], device=chosen.device)
+        at = torch.where(chosen & self.valid, steps, len(steps)).sort(1).values[:, :int(count.max())]  # [B, T'], then T for padding
+        at = torch.minimum(torch.cat([at, self.length[:, None]], 1), self.length[:, None])  # [B, T'+1]
+        row = torch.arange(len(at), device=at.device)[:, None]
+        before = at[:, :-1].clamp(max=len(steps) - 1)
+        return Batch(self.observation[row, at], self.action[row, before], self.subgoal[row, before], count)
+
     def to(self, device):
         return Batch(self.observation.to(device), self.action.to(device), self.subgoal.to(device), self.length.to(device))
 
@@ -191,7 +206,8 @@ def expert_batch(config, n, generator, noise=0.0):
     layouts = draw_layouts(config, n, generator)
     device = layouts.agent.device
     own = torch.randint(len(tasks), (n,), generator=generator, device=generator.device).to(device)
-    paths = WORLDS[config.task].expert_paths(layouts, config.size, tasks.to(device)[own], config.max_steps, generator, noise)
+    pushes = {"bursts": config.bursts} if config.task == "ant" and noise else {}
+    paths = WORLDS[config.task].expert_paths(layouts, config.size, tasks.to(device)[own], config.max_steps, generator, noise, **pushes)
     subgoal = subgoals.to(device)[own].gather(1, paths.stage.clamp(max=tasks.shape[1] - 1))
     return Batch(paths.observation, paths.action, subgoal, paths.length).pick(paths.solved.nonzero()[:, 0]).to(generator.device)
 
@@ -210,7 +226,7 @@ class StoredEpisodes:
             return {"observation": batch.observation[kept].half().numpy(), "action": F.pad(batch.action, (0, 0, 0, 1))[kept].half().numpy(),
                     "subgoal": F.pad(batch.subgoal, (0, 1))[kept].byte().numpy(), "length": batch.length.numpy()}
 
-        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), {**settings, "noise": noise, "episodes": min(ant_tasks.SHARD, count)}, make)
+        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), {**settings, "noise": noise, "bursts": config.bursts if noise else 0.0, "episodes": min(ant_tasks.SHARD, count)}, make)
         join = lambda name: torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
         self.observation, self.action, self.subgoal, self.length = (join(name) for name in ("observation", "action", "subgoal", "length"))
         self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
@@ -349,6 +365,19 @@ class Hawk(nn.Module):
         return x + self.down(F.relu(self.up(self.norm_2(x)))), (window, h[:, -1])
 
 
+class TorqueHead(nn.Linear):
+    """Mean and ln σ of each torque: [..., C] → [..., 16]. The diagonal covariance is learned, but the same in every state: a spread that
+    depended on the state would let controllers gain likelihood on the noiseless D* by shrinking it, without steering at all."""
+
+    def __init__(self, width):
+        super().__init__(width, ant_tasks.ACTION)
+        self.log_sigma = nn.Parameter(torch.full((ant_tasks.ACTION,), -1.5))
+
+    def forward(self, x):
+        mean = super().forward(x)
+        return torch.cat([mean, self.log_sigma.to(mean.dtype).expand_as(mean)], -1)
+
+
 class Base(nn.Module):
     """Causal model of observations, split at the control layer l = L/2 into `lower` and `upper`.
 
@@ -357,7 +386,7 @@ class Base(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.half, objects = config, config.layers // 2, config.colours + config.walls
+        self.config, self.half, objects = config, config.control_layer or config.layers // 2, config.colours + config.walls
         # differs from the paper: egocentric features (--view absolute for its own), because they are learned faster.
         if config.task == "gridworld" or config.view == "egocentric":
             inputs = gridworld.input_count(config.view, config.size, config.colours, config.walls)
@@ -371,8 +400,9 @@ class Base(nn.Module):
         if config.task == "gridworld":
             self.action_head, self.observation_head = nn.Linear(config.width, 4), nn.Linear(config.width, (objects + 1) * config.size ** 2)
         else:
-            self.action_head = nn.Linear(config.width, 2 * ant_tasks.ACTION)
+            self.action_head = TorqueHead(config.width)
             self.observation_head = nn.Linear(config.width, ant_tasks.OBSERVATION + 2 * objects)
+            self.way_head = nn.Linear(config.width, 9)
 
     def embed(self, observation):
         """[B, T, D] → e_{t,0} [B, T, C]"""
@@ -394,6 +424,13 @@ class Base(nn.Module):
 
     def new_cache(self):
         return [None] * len(self.blocks)
+
+    @torch.no_grad()
+    def slow_down(self, factor):
+        """Makes Hawk blocks forget `factor` times more slowly, for sequences with that many times more steps."""
+        for block in self.blocks:
+            if isinstance(block, Hawk):
+                block.decay.copy_((F.softplus(block.decay) / factor).expm1().log())
 
     def lower(self, observation, cache=None):
         """observation [B, T, D] → e_{t,l} [B, T, C]"""
@@ -417,17 +454,11 @@ class Base(nn.Module):
         return torch.stack(streams)
 
 
-def torque_distribution(out):
-    """Mean and ln σ of each torque: [..., 16] → two of [..., 8]. The spread is learned and depends on the state."""
-    mean, log_sigma = out.float().chunk(2, -1)
-    return mean, log_sigma.clamp(-4, 1)
-
-
 def action_log_prob(out, action):
     """ln p(action) under the model's output: logits [..., 4] of moves [...], or Gaussians [..., 16] of torques [..., 8] → [...]"""
     if not action.is_floating_point():
         return out.float().log_softmax(-1).gather(-1, action[..., None])[..., 0]
-    mean, log_sigma = torque_distribution(out)
+    mean, log_sigma = out.float().chunk(2, -1)
     return (-0.5 * ((action - mean) / log_sigma.exp()) ** 2 - log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
@@ -437,7 +468,7 @@ def sample_action(config, out, generator):
         probability = out.softmax(-1)
         noise = torch.rand(probability.shape, generator=generator, device=probability.device)
         return (probability / -noise.log()).argmax(-1)  # the exponential race
-    mean, log_sigma = torque_distribution(out)
+    mean, log_sigma = out.chunk(2, -1)
     return mean + log_sigma.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
@@ -448,21 +479,50 @@ def action_loss(out, batch):
     return -action_log_prob(out, action).mean() if action.is_floating_point() else F.cross_entropy(out.float(), action)
 
 
-def pretraining_loss(config, base, batch):
-    """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps. Returns (loss, action part)."""
+def pretraining_loss(config, base, batch, decisions_only=False):
+    """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps; for the ant also the next-cell loss. With
+    `decisions_only` the model sees nothing but the steps at which the ant enters a cell. Returns (loss, action part)."""
+    if config.next_cell > 0:
+        entered, way = next_cells(config, batch)
+        if decisions_only:
+            # differs from the paper: these steps are the grid hidden in the ant's world. A full trajectory has fifteen times as many,
+            # and its motion gives away where it goes, so that nothing else would be learned in the same time.
+            batch = batch.only(entered)
+            entered = batch.valid
     last = base.last_residual(base.lower(batch.observation[:, :-1]))
     action_part = action_loss(base.action_head(last), batch)
-    if config.next_obs == 0:
-        return action_part, action_part
+    loss = action_part
+    if config.next_obs > 0 and not decisions_only:
+        loss = loss + config.next_obs * next_observation_loss(config, base, batch, last)
+    if config.next_cell > 0:
+        loss = loss + config.next_cell * F.cross_entropy(base.way_head(last)[entered].float(), way)
+    return loss, action_part
+
+
+def next_cells(config, batch):
+    """At which steps the torso has just entered a cell, [B, T] bool, and, for those n steps, which way the cell lies that it enters
+    next, [n] in 0 … 8: 3·(rows down + 1) + columns right + 1."""
+    # differs from the paper: of the observation to come, the next cell is predicted, too, because a single control step hardly depends on the map.
+    cell = WORLDS[config.task].places(batch.observation, config.size)[..., -1]  # [B, T+1]
+    following, later = [], cell[:, -1]
+    for t in reversed(range(cell.shape[1] - 1)):
+        later = torch.where(cell[:, t + 1] != cell[:, t], cell[:, t + 1], later)
+        following.append(later)
+    following, here = torch.stack(following[::-1], 1), cell[:, :-1]
+    down, right = following // config.size - here // config.size, following % config.size - here % config.size
+    entered = torch.cat([torch.ones_like(cell[:, :1], dtype=torch.bool), cell[:, 1:-1] != cell[:, :-2]], 1) & batch.valid
+    return entered, (3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1)[entered]
+
+
+def next_observation_loss(config, base, batch, last):
+    """−ln p(o_{t+1} | o_{1:t}), mean over steps, from the last residual [B, T, C]."""
     valid, following = batch.valid, batch.observation[:, 1:]
     out = base.observation_head(last)[valid].float()
     if config.task == "gridworld":
         cell_logits = out.unflatten(-1, (following.shape[-1], -1))  # [n, N+1, G²]
-        observation_part = F.cross_entropy(cell_logits.flatten(0, 1), following[valid].flatten()) * following.shape[-1]
-    else:  # a Gaussian of unit variance around the present observation plus a learned change, up to a constant
-        change = (following - batch.observation[:, :-1])[valid]
-        observation_part = 0.5 * ((out - change) ** 2).sum(-1).mean()
-    return action_part + config.next_obs * observation_part, action_part
+        return F.cross_entropy(cell_logits.flatten(0, 1), following[valid].flatten()) * following.shape[-1]
+    change = (following - batch.observation[:, :-1])[valid]
+    return 0.5 * ((out - change) ** 2).sum(-1).mean()  # a Gaussian of unit variance around the present observation plus a learned change
 
 
 # ============================================================================================== probe, labelled controllers
@@ -965,7 +1025,7 @@ def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0,
     One round is a pool of batches, dealt out by length."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
-    batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
+    batch_size = config.pretrain_batch if stage in ("decide", "pretrain") else config.discover_batch
 
     def one_round(i):
         totals = {}
@@ -1014,17 +1074,21 @@ def pretrain(run):
     floor = action_floor(run)
     held_out = held_out_batch(run, 1024, config.noise)
 
-    def loss_of(batch, step, generator):
+    def loss_of(batch, step, generator, decisions_only=False):
         # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they are faster on recent CPUs.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-            loss, action_part = pretraining_loss(config, base, batch)
+            loss, action_part = pretraining_loss(config, base, batch, decisions_only)
         return loss, {"nll": action_part.item()}
 
     @torch.no_grad()
     def watch(done):
-        nll = pretraining_loss(config, base, held_out)[1].item()
-        return {"eval_nll": nll, "gap": nll - floor}
+        loss, nll = pretraining_loss(config, base, held_out)
+        return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
 
+    if config.decision_steps > 0:
+        supervised(run, "decide", {"base": base}, list(base.parameters()), config.pretrain_lr, config.decision_steps,
+                   lambda *batch: loss_of(*batch, decisions_only=True), config.noise)
+        base.slow_down(15)
     supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
                config.noise, watch)
     return frozen(base)
@@ -1095,11 +1159,11 @@ def alpha_at(config, step):
 
 
 def held_share(run, base, meta):
-    """32 random codes, each held in 64 layouts: how often does a code reach its favourite colour first? The favourite is found
-    on one half of the layouts and scored on the other. Needs no hidden label: visits can be seen."""
-    generator = run.evaluation_generator(5)
+    """32 random codes, each held in 64 layouts (ant: 32): how often does a code reach its favourite colour first? The favourite is
+    found on one half of the layouts and scored on the other. Needs no hidden label: visits can be seen."""
+    generator, many = run.evaluation_generator(5), 16 if run.config.task == "ant" else 32
     codes = torch.randn(32, run.config.n_z, generator=generator, device=run.device)
-    find, score = (held_codes(run.config, base, meta, codes, evaluation_layouts(run, 32, number), generator) for number in (6, 7))
+    find, score = (held_codes(run.config, base, meta, codes, evaluation_layouts(run, many, number), generator) for number in (6, 7))
     favourite = find[:, :-1].argmax(1)
     share = score.gather(1, favourite[:, None])[:, 0] / score.sum(1)
     return {"held_share": share.mean().item(), "held_colours": len(favourite.unique())}
@@ -1342,7 +1406,7 @@ def figures(run, base, meta, policy):
 
     # Codes → first colour reached
     codes = torch.randn(32, config.n_z, generator=run.evaluation_generator(8), device=run.device)
-    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, 64), run.evaluation_generator(9)).cpu().float()
+    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, 32 if config.task == "ant" else 64), run.evaluation_generator(9)).cpu().float()
     reached = reached / reached.sum(1, keepdim=True)
     order = (reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()
     plt.figure(figsize=(8, 3))
@@ -1532,10 +1596,12 @@ def check(config):
             raise ValueError(f"seed {config.seed} is too large")
         if config.layers < 2 or config.layers % 2:
             raise ValueError(f"layers {config.layers} is not an even number of at least 2")
-        for name in ("noise", "alpha_free", "alpha_ramp", "threshold"):
+        if not 0 <= config.control_layer <= config.layers:
+            raise ValueError(f"control_layer {config.control_layer} is outside 0 … {config.layers}")
+        for name in ("noise", "bursts", "alpha_free", "alpha_ramp", "threshold"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ValueError(f"{name} {getattr(config, name)} is outside 0 … 1")
-        for name in ("seed", "alpha", "next_obs", "weight_decay", "rank", "trajectories", "tolerance"):
+        for name in ("seed", "alpha", "next_obs", "weight_decay", "rank", "trajectories", "tolerance", "next_cell", "decision_steps"):
             if not 0 <= getattr(config, name) < math.inf:
                 raise ValueError(f"{name} {getattr(config, name)} is negative or not finite")
     except ValueError as error:

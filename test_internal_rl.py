@@ -293,12 +293,35 @@ def test_scan_equals_the_recurrence_with_its_gradient(time):
     assert all(torch.allclose(x, y) for x, y in zip(ours, theirs))
 
 
+def test_steps_at_which_a_cell_is_entered_against_a_loop():
+    config = rl.Settings(task="ant", size=4, max_steps=250, next_cell=1.0, width=32, heads=2, mlp=48)
+    batch = rl.expert_batch(config, 6, generator())
+    cells = ant.places(batch.observation, 4)[..., -1].tolist()
+    entered, way = rl.next_cells(config, batch)
+    chosen, ways = batch.only(entered), []
+    for i, path in enumerate(cells):
+        length = int(batch.length[i])
+        steps = [t for t in range(length) if t == 0 or path[t] != path[t - 1]]
+        assert entered[i].nonzero()[:, 0].tolist() == steps and chosen.length[i] == len(steps)
+        assert torch.equal(chosen.observation[i, :len(steps)], batch.observation[i, steps])
+        assert torch.equal(chosen.action[i, :len(steps)], batch.action[i, steps]) and torch.equal(chosen.subgoal[i, :len(steps)], batch.subgoal[i, steps])
+        for t in steps:
+            following = next(cell for cell in path[t:] if cell != path[t])
+            ways.append(3 * (following // 4 - path[t] // 4 + 1) + following % 4 - path[t] % 4 + 1)
+    assert way.tolist() == ways
+    base = rl.Base(config)
+    with torch.no_grad():
+        logits = base.way_head(base.last_residual(base.lower(chosen.observation[:, :-1])))[chosen.valid]
+        loss, action_part = rl.pretraining_loss(config, base, batch, decisions_only=True)
+        assert loss.item() == pytest.approx((action_part + F.cross_entropy(logits, way)).item(), rel=1e-5)
+
+
 def test_torque_log_prob_against_torch():
     out, torques = torch.randn(5, 16), torch.randn(5, 8)
-    normal = torch.distributions.Normal(out[:, :8], out[:, 8:].clamp(-4, 1).exp())
+    normal = torch.distributions.Normal(out[:, :8], out[:, 8:].exp())
     assert torch.allclose(rl.action_log_prob(out, torques), normal.log_prob(torques).sum(-1), atol=1e-4)
     draws = rl.sample_action(rl.Settings(task="ant"), out[:1].expand(20_000, -1), generator())
-    assert torch.allclose(draws.mean(0), out[0, :8], atol=0.1) and torch.allclose(draws.std(0).log(), out[0, 8:].clamp(-4, 1), atol=0.05)
+    assert torch.allclose(draws.mean(0), out[0, :8], atol=0.1) and torch.allclose(draws.std(0).log(), out[0, 8:], atol=0.05)
 
 
 def test_losses_ignore_padding(base, meta, batch):
@@ -793,6 +816,26 @@ def test_tiny_run_end_to_end(tmp_path):
     assert broken.returncode == 2 and "discover.pt cannot be read" in broken.stderr and len(broken.stderr.splitlines()) == 1
 
 
+def test_tiny_ant_run_end_to_end(tmp_path):
+    arguments = ("--task", "ant", "--preset", "tiny", "--device", "cpu", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "raw-action RL" in done.stdout
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "audition.pt", "discover.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
+                     "success.png", "codes.png", "episode.png", "episode.gif"}
+    assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
+    (tmp_path / "run/probe.pt").unlink()
+    refused = command(*arguments, "--trajectories", 32)
+    assert refused.returncode == 2 and "trajectories=64, not 32" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    (tmp_path / "run/pretrain.pt").unlink()
+    shard = next((tmp_path / "data").glob("*noise0.1/000.npz"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    broken = command(*arguments, "--stage", "pretrain")
+    assert broken.returncode == 2 and "000.npz cannot be read" in broken.stderr and len(broken.stderr.splitlines()) == 1
+    assert not (tmp_path / "run/pretrain.pt").exists()
+
+
 def test_resumed_run_equals_uninterrupted(tmp_path):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
     config = rl.Settings(**{**rl.PRESETS["gridworld", "tiny"], "pretrain_steps": 48, "audition_steps": 32, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
@@ -854,7 +897,7 @@ def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
     (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"),
     (["--layers", "3"], "layers"), (["--size", "3", "--subgoals", "pairs", "--colours", "8", "--walls", "0"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
-    (["--view", "side"], "view"), (["--threshold", "2"], "threshold"),
+    (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--threshold", "2"], "threshold"),
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ])
 def test_refused_inputs(arguments, word, tmp_path, capsys):
