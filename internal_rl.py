@@ -137,8 +137,8 @@ class Settings:
 
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
             discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
-ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", next_obs=1.0, next_cell=4.0, bursts=0.02, tolerance=3, pretrain_steps=2400,
-           decision_steps=3200)
+ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", next_obs=1.0, next_cell=4.0, bursts=0.02, tolerance=3, pretrain_steps=4800,
+           decision_steps=6400)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
