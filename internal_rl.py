@@ -100,7 +100,7 @@ class Settings:
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
     decision_steps: int = setting(0, "decide pretrain", "ant: training steps of the base model, before all others, that see only those moments")
-    bursts: float = setting(0.0, "pretrain", "ant: probability a step that the base model's expert is pushed into a random direction for 8 steps")
+    bursts: float = setting(0.0, "pretrain", "ant: probability a step that the expert is pushed into a random direction for 8 steps")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
     probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
@@ -206,7 +206,7 @@ def expert_batch(config, n, generator, noise=0.0):
     layouts = draw_layouts(config, n, generator)
     device = layouts.agent.device
     own = torch.randint(len(tasks), (n,), generator=generator, device=generator.device).to(device)
-    pushes = {"bursts": config.bursts} if config.task == "ant" and noise else {}
+    pushes = {"bursts": config.bursts} if config.task == "ant" else {}
     paths = WORLDS[config.task].expert_paths(layouts, config.size, tasks.to(device)[own], config.max_steps, generator, noise, **pushes)
     subgoal = subgoals.to(device)[own].gather(1, paths.stage.clamp(max=tasks.shape[1] - 1))
     return Batch(paths.observation, paths.action, subgoal, paths.length).pick(paths.solved.nonzero()[:, 0]).to(generator.device)
@@ -226,7 +226,7 @@ class StoredEpisodes:
             return {"observation": batch.observation[kept].half().numpy(), "action": F.pad(batch.action, (0, 0, 0, 1))[kept].half().numpy(),
                     "subgoal": F.pad(batch.subgoal, (0, 1))[kept].byte().numpy(), "length": batch.length.numpy()}
 
-        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), {**settings, "noise": noise, "bursts": config.bursts if noise else 0.0, "episodes": min(ant_tasks.SHARD, count)}, make)
+        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), {**settings, "noise": noise, "bursts": config.bursts, "episodes": min(ant_tasks.SHARD, count)}, make)
         join = lambda name: torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
         self.observation, self.action, self.subgoal, self.length = (join(name) for name in ("observation", "action", "subgoal", "length"))
         self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
