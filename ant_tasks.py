@@ -3,13 +3,13 @@
 The rules are gridworld-pinpad's: visit coloured cells in a hidden order. The agent is the cell under the ant's torso. A game also ends,
 without reward, when the torso enters a wall cell, leaves the arena, or its height leaves [0.2, 1.0] m.
 
-    layouts  = draw_layouts(n, size, colours, walls, generator)     where everything is, and each ant's pose
-    game     = Game(layouts, size, tasks, max_steps)             n ants; game.step(torques [n, 8]), game.observation()
-    torques  = gait(qpos, qvel, heading)                            an analytic expert: walks into any direction of the world
-    paths    = expert_paths(layouts, size, tasks, max_steps, generator, sigma)     it solves tasks: the pretraining data
-    shards   = expert_data(folder, shards, settings, make)          tens of thousands of its episodes, kept on disk
-    env      = gymnasium.make("AntPinpad-v0")                       one ant with the Gymnasium interface
-    python ant_tasks.py                                             success of the expert, simulation speed, a picture and an animation
+    layouts = draw_layouts(n, size, colours, walls, generator)              where everything is, and each ant's pose
+    game    = Game(layouts, size, tasks, max_steps)                         n ants; game.step(torques [n, 8]), game.observation()
+    torques = gait(qpos, qvel, heading)                                     an analytic expert: walks into any direction of the world
+    paths   = expert_paths(layouts, size, tasks, max_steps, generator, …)   it solves tasks: the pretraining data
+    shards  = expert_data(folder, shards, settings, make)                   tens of thousands of its episodes, kept on disk
+    env     = gymnasium.make("AntPinpad-v0")                                one ant with the Gymnasium interface
+    python ant_tasks.py                                                     success of the expert, speed, a picture and an animation
 
 The ant is gymnasium's ant.xml. Units: metres, seconds, radians; torques in −1 … 1 of the motors' range. Cells are 1 m wide; row 0 is the
 northernmost (largest y), column 0 the westernmost (smallest x), the arena's centre is the origin.
@@ -333,9 +333,7 @@ def reflected(observation, action):
     parts = [observation[..., :1], observation[..., 1:5] * signs(1, 1, -1, -1), joints(observation[..., 5:13]),
              observation[..., 13:19] * signs(-1, 1, 1, 1, -1, -1), joints(observation[..., 19:27]),
              observation[..., 27:] * flip.repeat((observation.shape[-1] - 27) // 2)]
-    torques = torch.empty_like(action)
-    torques[..., :] = joints(action[..., np.argsort(ACTUATORS)])[..., ACTUATORS]
-    return torch.cat(parts, -1), torques
+    return torch.cat(parts, -1), joints(action[..., np.argsort(ACTUATORS)])[..., ACTUATORS]
 
 
 def turned(observation, action):
@@ -428,6 +426,8 @@ def body_features(observation, size):
     seen = torch.nn.functional.normalize(torch.stack([(neighbours * yaw[..., None, :]).sum(-1), (neighbours * across[..., None, :]).sum(-1)], -1), dim=-1)
     return torch.cat([observation[..., :1], matrix.flatten(-2), observation[..., 5:13], forward.sign() * forward.abs().log1p(),
                       observation[..., 16:27], seen.flatten(-2)], -1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
 def picture(observation, size, colours, pixels=64):

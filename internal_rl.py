@@ -4,12 +4,13 @@ A minimal PyTorch reimplementation of "Emergent temporal abstractions in autoreg
 reinforcement learning" (arXiv:2512.20605; sections, equations and tables cited below are the paper's).
 
 The story
-    1. pretrain   A causal transformer learns to predict the actions of an expert that pursues hidden subgoals.
+    1. pretrain   A causal model learns to predict the actions of an expert that pursues hidden subgoals: a transformer the moves
+                  on a grid, a Hawk SSM the joint torques of a MuJoCo ant that walks over one.
     2. probe      A linear read-out finds the hidden subgoal in the middle of its residual stream.
     3. steer      One low-rank linear map per subgoal, added in the middle, makes the frozen model pursue that subgoal.
     4. discover   Without labels, a metacontroller learns to emit such maps, to hold them, and when to switch them.
     5. rl         A small policy learns from one sparse reward per episode which codes to emit: internal RL.
-                  Token-level RL on the same model, with as many episodes, never sees a reward.
+                  Token-level (ant: raw-action) RL on the same model, with as many episodes, never sees a reward.
 
                                       s = f_emb(e_1…e_T)  sees the future; replaced by the policy π(z | e) in stage 5
                                                   │
@@ -30,11 +31,13 @@ Glossary (code name: paper symbol, where)
     alpha        weight α of the KL to N(0, I)                             discovery_loss               Eq. 3, 9
     lambda       weight λ of the next-observation loss                     pretraining_loss             Eq. 4, 5
     D, D*        expert data for the base / for everything after it        expert_batch                 App. C
+    a_t, h_t     decay and state of the real-gated linear recurrence       Hawk, parallel_scan          App. D.1
 Dims: B batch, T actions of an episode, C residual width, N objects (colours + walls), K subgoals, Z code, R rank, S switches.
 
 Run it
     python internal_rl.py --task gridworld                    all stages of the quick preset; see README.md for what to expect
     python internal_rl.py --task gridworld --preset tiny      first contact, under a minute
+    python internal_rl.py --task ant                          the same with eight joint torques
     python internal_rl.py --help                              every setting
 
 What differs from the paper is marked where it happens: grep "differs from the paper".
@@ -65,7 +68,7 @@ WORLDS = {"gridworld": gridworld, "ant": ant_tasks}  # both offer draw_layouts, 
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"], "discover": ["pretrain", "audition"],
-    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"], "decide": [],
+    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"],
 }
 COMMANDS = ["all", "pretrain", "probe", "steer", "discover", "rl", "bench", "figures"]  # discover includes audition, rl includes raw
 
@@ -99,7 +102,7 @@ class Settings:
     cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages)")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
-    decision_steps: int = setting(0, "decide pretrain", "ant: training steps of the base model, before all others, that see only those moments")
+    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others, rising to all of them (all supervised stages)")
     bursts: float = setting(0.0, "pretrain", "ant: probability a step that the expert is pushed into a random direction for 8 steps")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
@@ -137,8 +140,8 @@ class Settings:
 
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
             discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
-ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", next_obs=1.0, next_cell=4.0, bursts=0.02, tolerance=3, pretrain_steps=4800,
-           decision_steps=6400)
+ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
+ANT_QUICK = dict(ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
@@ -149,15 +152,17 @@ PRESETS = {  # (task, preset) → what differs from the defaults
         weight_decay=0.03, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
         discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
         rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
-    ("ant", "quick"): ANT,
-    ("ant", "tiny"): {**ANT, **TINY, "trajectories": 64, "max_steps": 250, "decision_steps": 16, "pretrain_steps": 32, "pretrain_batch": 8, "discover_batch": 8, "probe_steps": 8, "steer_steps": 16,
-                      "audition_steps": 8, "discover_steps": 16, "rl_episodes": 64, "rl_batch": 32, "rl_minibatch": 16},
+    ("ant", "quick"): ANT_QUICK,
+    ("ant", "tiny"): {**ANT_QUICK, **TINY, **dict(
+        trajectories=64, max_steps=250, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16, audition_steps=8, discover_steps=16,
+        discover_batch=8, rl_episodes=64, rl_batch=32, rl_minibatch=16)},
     # Tables A2, A5, A8, A10, A14, A15.
-    ("ant", "paper"): {**ANT, "view": "absolute", "trajectories": 100_000, "candidates": 1, "audition_steps": 1, "width": 256, "layers": 8, "heads": 8,
-                       "mlp": 512, "pretrain_steps": 204_800, "pretrain_batch": 512, "pretrain_lr": 3e-4, "weight_decay": 0.03, "cosine": False,
-                       "probe_steps": 8000, "probe_lr": 1e-3, "steer_steps": 3200, "steer_lr": 3e-4, "rank": 0, "discover_steps": 32_000,
-                       "discover_batch": 128, "discover_lr": 3e-4, "mirror": False, "alpha": 0.1, "alpha_free": 0.0, "alpha_ramp": 0.0,
-                       "rl_episodes": 1_000_000, "rl_batch": 256, "rl_lr": 3e-5, "raw_lr": 3e-5, "policy_width": 256, "std_start": 1.0, "std_end": 1.0},
+    ("ant", "paper"): {**ANT, **dict(
+        next_obs=10.0, view="absolute", trajectories=104_000, candidates=1, audition_steps=1, width=256, layers=8, heads=8, mlp=512,
+        pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, weight_decay=0.03, cosine=False, probe_steps=8000, probe_lr=1e-3,
+        steer_steps=3200, steer_lr=3e-4, rank=0, discover_steps=32_000, discover_batch=128, discover_lr=3e-4, mirror=False, alpha=0.1,
+        alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0,
+        std_end=1.0)},
 }
 
 # ========================================================================================================== expert data
@@ -200,8 +205,8 @@ def draw_layouts(config, n, generator):
 
 
 def expert_batch(config, n, generator, noise=0.0):
-    """Fresh expert trajectories of random pretraining tasks: D (noise = config.noise) or D* (noise = 0). The few of the n that the
-    expert fails to solve are left out."""
+    """Fresh expert trajectories of random pretraining tasks: D (noise = config.noise) or D* (noise = 0). Those of the n that the
+    expert fails to solve are left out (ant: a few, or one in seven when it is pushed)."""
     tasks, subgoals = gridworld.pretraining_tasks(config.subgoals)
     layouts = draw_layouts(config, n, generator)
     device = layouts.agent.device
@@ -425,13 +430,6 @@ class Base(nn.Module):
     def new_cache(self):
         return [None] * len(self.blocks)
 
-    @torch.no_grad()
-    def slow_down(self, factor):
-        """Makes Hawk blocks forget `factor` times more slowly, for sequences with that many times more steps."""
-        for block in self.blocks:
-            if isinstance(block, Hawk):
-                block.decay.copy_((F.softplus(block.decay) / factor).expm1().log())
-
     def lower(self, observation, cache=None):
         """observation [B, T, D] → e_{t,l} [B, T, C]"""
         return self.run(self.embed(observation), range(self.half), cache)
@@ -479,29 +477,28 @@ def action_loss(out, batch):
     return -action_log_prob(out, action).mean() if action.is_floating_point() else F.cross_entropy(out.float(), action)
 
 
-def pretraining_loss(config, base, batch, decisions_only=False):
-    """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps; for the ant also the next-cell loss. With
-    `decisions_only` the model sees nothing but the steps at which the ant enters a cell. Returns (loss, action part)."""
-    if config.next_cell > 0:
-        entered, way = next_cells(config, batch)
-        if decisions_only:
-            # differs from the paper: these steps are the grid hidden in the ant's world. A full trajectory has fifteen times as many,
-            # and its motion gives away where it goes, so that nothing else would be learned in the same time.
-            batch = batch.only(entered)
-            entered = batch.valid
+def pretraining_loss(config, base, batch):
+    """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps; for the ant also the next-cell loss, mean over the
+    steps at which it enters a cell. Returns (loss, action part)."""
     last = base.last_residual(base.lower(batch.observation[:, :-1]))
     action_part = action_loss(base.action_head(last), batch)
     loss = action_part
-    if config.next_obs > 0 and not decisions_only:
+    if config.next_obs > 0:
         loss = loss + config.next_obs * next_observation_loss(config, base, batch, last)
     if config.next_cell > 0:
-        loss = loss + config.next_cell * F.cross_entropy(base.way_head(last)[entered].float(), way)
+        entered = entries(config, batch)
+        loss = loss + config.next_cell * F.cross_entropy(base.way_head(last)[entered].float(), next_cells(config, batch)[entered])
     return loss, action_part
 
 
+def entries(config, batch):
+    """At which steps has the torso just entered its cell? [B, T] bool"""
+    cell = WORLDS[config.task].places(batch.observation, config.size)[..., -1]  # [B, T+1]
+    return F.pad(cell[:, 1:-1] != cell[:, :-2], (1, 0), value=True) & batch.valid
+
+
 def next_cells(config, batch):
-    """At which steps the torso has just entered a cell, [B, T] bool, and, for those n steps, which way the cell lies that it enters
-    next, [n] in 0 … 8: 3·(rows down + 1) + columns right + 1."""
+    """Which way lies the cell that the torso enters next? [B, T] in 0 … 8: 3·(rows down + 1) + columns right + 1"""
     # differs from the paper: of the observation to come, the next cell is predicted, too, because a single control step hardly depends on the map.
     cell = WORLDS[config.task].places(batch.observation, config.size)[..., -1]  # [B, T+1]
     following, later = [], cell[:, -1]
@@ -510,8 +507,15 @@ def next_cells(config, batch):
         following.append(later)
     following, here = torch.stack(following[::-1], 1), cell[:, :-1]
     down, right = following // config.size - here // config.size, following % config.size - here % config.size
-    entered = torch.cat([torch.ones_like(cell[:, :1], dtype=torch.bool), cell[:, 1:-1] != cell[:, :-2]], 1) & batch.valid
-    return entered, (3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1)[entered]
+    return 3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1
+
+
+def thinned(config, batch, progress, generator):
+    """The steps at which the ant enters a cell, and a random share of all others that grows from `thin` to 1 with progress in 0 … 1."""
+    # differs from the paper: what depends on the hidden task happens once a cell, every fifteen steps, so the steps between are learned late.
+    share = config.thin ** (1 - progress ** 3)
+    some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
+    return batch.only(entries(config, batch) | some)
 
 
 def next_observation_loss(config, base, batch, last):
@@ -521,8 +525,7 @@ def next_observation_loss(config, base, batch, last):
     if config.task == "gridworld":
         cell_logits = out.unflatten(-1, (following.shape[-1], -1))  # [n, N+1, G²]
         return F.cross_entropy(cell_logits.flatten(0, 1), following[valid].flatten()) * following.shape[-1]
-    change = (following - batch.observation[:, :-1])[valid]
-    return 0.5 * ((out - change) ** 2).sum(-1).mean()  # a Gaussian of unit variance around the present observation plus a learned change
+    return 0.5 * ((out - following[valid]) ** 2).sum(-1).mean()  # a Gaussian of unit variance
 
 
 # ============================================================================================== probe, labelled controllers
@@ -1025,14 +1028,17 @@ def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0,
     One round is a pool of batches, dealt out by length."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
-    batch_size = config.pretrain_batch if stage in ("decide", "pretrain") else config.discover_batch
+    batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
 
     def one_round(i):
         totals = {}
         for j, batch in enumerate(expert_batches(config, batch_size, generator, noise, pool, run.stored(noise))):
+            step = i * pool + j
             for group in optimizer.param_groups:
-                group["lr"] = peak if constant or not config.cosine else learning_rate(peak, i * pool + j, steps)
-            loss, parts = loss_of(batch, i * pool + j, generator)
+                group["lr"] = peak if constant or not config.cosine else learning_rate(peak, step, steps)
+            if config.thin < 1:
+                batch = thinned(config, batch, min(1, step / steps), generator)
+            loss, parts = loss_of(batch, step, generator)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1074,10 +1080,10 @@ def pretrain(run):
     floor = action_floor(run)
     held_out = held_out_batch(run, 1024, config.noise)
 
-    def loss_of(batch, step, generator, decisions_only=False):
+    def loss_of(batch, step, generator):
         # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they are faster on recent CPUs.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-            loss, action_part = pretraining_loss(config, base, batch, decisions_only)
+            loss, action_part = pretraining_loss(config, base, batch)
         return loss, {"nll": action_part.item()}
 
     @torch.no_grad()
@@ -1085,10 +1091,6 @@ def pretrain(run):
         loss, nll = pretraining_loss(config, base, held_out)
         return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
 
-    if config.decision_steps > 0:
-        supervised(run, "decide", {"base": base}, list(base.parameters()), config.pretrain_lr, config.decision_steps,
-                   lambda *batch: loss_of(*batch, decisions_only=True), config.noise)
-        base.slow_down(15)
     supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
                config.noise, watch)
     return frozen(base)
@@ -1601,7 +1603,14 @@ def check(config):
         for name in ("noise", "bursts", "alpha_free", "alpha_ramp", "threshold"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ValueError(f"{name} {getattr(config, name)} is outside 0 … 1")
-        for name in ("seed", "alpha", "next_obs", "weight_decay", "rank", "trajectories", "tolerance", "next_cell", "decision_steps"):
+        if not 0 < config.thin <= 1:
+            raise ValueError(f"thin {config.thin} is outside 0 … 1, 0 excluded")
+        for name in ("next_cell", "thin", "bursts", "trajectories") if config.task != "ant" else ():
+            if getattr(config, name) != getattr(Settings(), name):
+                raise ValueError(f"{name} {getattr(config, name)} is for --task ant only")
+        if config.trajectories % (4 if config.trajectories <= ant_tasks.SHARD else 4 * ant_tasks.SHARD):
+            raise ValueError(f"trajectories {config.trajectories} is neither a multiple of {4 * ant_tasks.SHARD} nor one of 4 up to {ant_tasks.SHARD}")
+        for name in ("seed", "alpha", "next_obs", "weight_decay", "rank", "trajectories", "tolerance", "next_cell"):
             if not 0 <= getattr(config, name) < math.inf:
                 raise ValueError(f"{name} {getattr(config, name)} is negative or not finite")
     except ValueError as error:
@@ -1623,6 +1632,8 @@ def main(arguments=None):
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [config.seed]
     except ValueError:
         refuse(f"--seeds {options.seeds!r} is not a list of whole numbers such as 0,1,2")
+    if options.stage == "bench" and options.task != "gridworld":
+        refuse("--stage bench: measures the gridworld; for the speed of the ant's simulation run ant_tasks.py")
     device = choose_device(options.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32

@@ -294,26 +294,30 @@ def test_scan_equals_the_recurrence_with_its_gradient(time):
 
 
 def test_steps_at_which_a_cell_is_entered_against_a_loop():
-    config = rl.Settings(task="ant", size=4, max_steps=250, next_cell=1.0, width=32, heads=2, mlp=48)
+    config = rl.Settings(task="ant", size=4, max_steps=250, next_cell=2.0, next_obs=0.0, thin=0.1, width=32, heads=2, mlp=48)
     batch = rl.expert_batch(config, 6, generator())
     cells = ant.places(batch.observation, 4)[..., -1].tolist()
-    entered, way = rl.next_cells(config, batch)
-    chosen, ways = batch.only(entered), []
+    chosen = batch.only(rl.entries(config, batch))
+    thin = rl.thinned(config, batch, 0.0, generator())
+    assert batch.length.sum() * 0.05 < (thin.length - chosen.length).sum() < batch.length.sum() * 0.15
+    logits, ways = [], []
+    base = rl.Base(config)
     for i, path in enumerate(cells):
         length = int(batch.length[i])
         steps = [t for t in range(length) if t == 0 or path[t] != path[t - 1]]
-        assert entered[i].nonzero()[:, 0].tolist() == steps and chosen.length[i] == len(steps)
+        assert rl.entries(config, batch)[i].nonzero()[:, 0].tolist() == steps and chosen.length[i] == len(steps)
         assert torch.equal(chosen.observation[i, :len(steps)], batch.observation[i, steps])
         assert torch.equal(chosen.action[i, :len(steps)], batch.action[i, steps]) and torch.equal(chosen.subgoal[i, :len(steps)], batch.subgoal[i, steps])
         for t in steps:
             following = next(cell for cell in path[t:] if cell != path[t])
             ways.append(3 * (following // 4 - path[t] // 4 + 1) + following % 4 - path[t] % 4 + 1)
-    assert way.tolist() == ways
-    base = rl.Base(config)
-    with torch.no_grad():
-        logits = base.way_head(base.last_residual(base.lower(chosen.observation[:, :-1])))[chosen.valid]
-        loss, action_part = rl.pretraining_loss(config, base, batch, decisions_only=True)
-        assert loss.item() == pytest.approx((action_part + F.cross_entropy(logits, way)).item(), rel=1e-5)
+        logits.append(base.way_head(base.last_residual(base.lower(chosen.observation[i:i + 1, :len(steps)])))[0])
+    ways = torch.tensor(ways)
+    for some in (batch, chosen, thin):  # the way to the next cell does not depend on the steps between
+        assert torch.equal(rl.next_cells(config, some)[rl.entries(config, some)], ways)
+    assert all(torch.equal(x, y) for x, y in zip(vars(rl.thinned(config, batch, 1.0, generator())).values(), vars(batch.only(batch.valid)).values()))
+    loss, action_part = rl.pretraining_loss(config, base, chosen)
+    assert loss.item() == pytest.approx((action_part + 2 * F.cross_entropy(torch.cat(logits), ways)).item(), rel=1e-5)
 
 
 def test_torque_log_prob_against_torch():
@@ -897,7 +901,9 @@ def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
     (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"),
     (["--layers", "3"], "layers"), (["--size", "3", "--subgoals", "pairs", "--colours", "8", "--walls", "0"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
-    (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--threshold", "2"], "threshold"),
+    (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--task", "ant", "--thin", "0"], "thin"),
+    (["--thin", "0.5"], "thin"), (["--next-cell", "1"], "next_cell"), (["--bursts", "0.1"], "bursts"), (["--trajectories", "64"], "trajectories"),
+    (["--task", "ant", "--trajectories", "5000"], "trajectories"), (["--task", "ant", "--trajectories", "2"], "trajectories"), (["--task", "ant", "--stage", "bench"], "bench"), (["--threshold", "2"], "threshold"),
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ])
 def test_refused_inputs(arguments, word, tmp_path, capsys):
