@@ -16,6 +16,7 @@ northernmost (largest y), column 0 the westernmost (smallest x), the arena's cen
 Dims: n ants, O colours, W walls, N = O + W objects.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -346,22 +347,41 @@ def turned(observation, action):
     return torch.cat(parts, -1), action
 
 
+def renumbered(observation, action):
+    """The same world and ant with its legs counted from the next one on, so that the body's frame is turned by a quarter. [..., 31 + 2N], [..., 8]"""
+    sign = torch.tensor(np.stack([np.ones(4), ANKLE * np.roll(ANKLE, -1)], 1).ravel(), dtype=observation.dtype, device=observation.device)
+    joints = lambda x: sign * x.roll(-2, -1)  # hip and ankle of each leg
+    w, x, y, z = (observation[..., i] for i in range(1, 5))
+    quaternion = torch.stack([w - z, x + y, y - x, z + w], -1) / math.sqrt(2)
+    spin = torch.stack([observation[..., 17], -observation[..., 16], observation[..., 18]], -1)
+    parts = [observation[..., :1], quaternion, joints(observation[..., 5:13]), observation[..., 13:16], spin, joints(observation[..., 19:27]),
+             observation[..., 27:]]
+    return torch.cat(parts, -1), joints(action[..., np.argsort(ACTUATORS)])[..., ACTUATORS]
+
+
+SYMMETRIES = 32
+
+
+@functools.cache
 def symmetries(objects):
-    """The 8 rotations and reflections of the arena as linear maps of observations [8, 31 + 2N, 31 + 2N] and torques [8, 8, 8]:
-    image = map @ original. The simulation itself has these symmetries (a test checks that)."""
+    """The 8 rotations and reflections of the arena, each with the ant's legs counted from any of the four, as linear maps of
+    observations [32, 31 + 2N, 31 + 2N] and torques [32, 8, 8]: image = map @ original. The simulation itself has these symmetries (a test checks that)."""
     maps = []
     for reflect in (False, True):
-        image = torch.eye(OBSERVATION + 2 * objects), torch.eye(ACTION)
+        world = torch.eye(OBSERVATION + 2 * objects), torch.eye(ACTION)
         if reflect:
-            image = reflected(*image)
+            world = reflected(*world)
         for _ in range(4):
-            maps.append(image)
-            image = turned(*image)
+            image = world
+            for _ in range(4):
+                maps.append(image)
+                image = renumbered(*image)
+            world = turned(*world)
     return tuple(torch.stack(each).transpose(1, 2) for each in zip(*maps))
 
 
 def mirror(observation, action, k, size):
-    """Each episode in the image k [B] in 0 … 7 of its world: observation [B, T, D], action [B, T, 8] → the same shapes"""
+    """Each episode in the image k [B] in 0 … 31 of its world: observation [B, T, D], action [B, T, 8] → the same shapes"""
     observations, actions = (x.to(observation.device) for x in symmetries((observation.shape[-1] - OBSERVATION) // 2))
     return observation @ observations[k].transpose(1, 2), action @ actions[k].transpose(1, 2)
 

@@ -335,6 +335,9 @@ def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0):
 
 # --------------------------------------------------------------------------------------------------------------- symmetry
 
+SYMMETRIES = 8
+
+
 def symmetries(size):
     """The 8 rotations and reflections of the square: (cells [8, G²] new cell of each cell, actions [8, 4] new action of each)."""
     row, column = torch.arange(size * size) // size, torch.arange(size * size) % size

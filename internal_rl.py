@@ -102,7 +102,7 @@ class Settings:
     cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages)")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
-    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others, rising to all of them (all supervised stages)")
+    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others; in pretrain and discover it rises to all of them")
     bursts: float = setting(0.0, "pretrain", "ant: probability a step that the expert is pushed into a random direction for 8 steps")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
@@ -260,9 +260,10 @@ def expert_batches(config, batch_size, generator, noise=0.0, count=16, stored=No
 
 
 def mirrored(config, batch, generator):
-    """Each trajectory in a random one of the 8 rotations and reflections of its world: same colours in the same order,
-    but other directions."""
-    k = torch.randint(8, (len(batch.length),), generator=generator, device=generator.device)
+    """Each trajectory in a random one of the symmetric images of its world: same colours in the same order, but other directions.
+    The grid has 8, its rotations and reflections. The ant has 32: its legs can be counted from any of the four, too, so that not even
+    the directions relative to its body stay the same."""
+    k = torch.randint(WORLDS[config.task].SYMMETRIES, (len(batch.length),), generator=generator, device=generator.device)
     observation, action = WORLDS[config.task].mirror(batch.observation, batch.action, k, config.size)
     return replace(batch, observation=observation, action=action)
 
@@ -511,7 +512,7 @@ def next_cells(config, batch):
 
 
 def thinned(config, batch, progress, generator):
-    """The steps at which the ant enters a cell, and a random share of all others that grows from `thin` to 1 with progress in 0 … 1."""
+    """The steps at which the ant enters a cell, and a random share of all others: from `thin`, at progress 0, to 1, at progress 1."""
     # differs from the paper: what depends on the hidden task happens once a cell, every fifteen steps, so the steps between are learned late.
     share = config.thin ** (1 - progress ** 3)
     some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
@@ -1023,9 +1024,9 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
             raise SystemExit(128 + run.stop)
 
 
-def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False):
+def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False, fill=False):
     """Trains `parameters` on expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
-    One round is a pool of batches, dealt out by length."""
+    One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. `fill`: thinned episodes fill up."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
     batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
@@ -1037,7 +1038,7 @@ def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0,
             for group in optimizer.param_groups:
                 group["lr"] = peak if constant or not config.cosine else learning_rate(peak, step, steps)
             if config.thin < 1:
-                batch = thinned(config, batch, min(1, step / steps), generator)
+                batch = thinned(config, batch, min(1, step / steps) if fill else 0, generator)
             loss, parts = loss_of(batch, step, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -1092,7 +1093,7 @@ def pretrain(run):
         return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
 
     supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
-               config.noise, watch)
+               config.noise, watch, fill=True)
     return frozen(base)
 
 
@@ -1252,7 +1253,7 @@ def discover(run, base):
         return loss, {**parts, "alpha": alpha, "beta": beta[:, 1:-1][batch.valid[:, 1:]].mean().item()}
 
     supervised(run, "discover", {"meta": meta}, list(meta.parameters()), config.discover_lr, config.discover_steps, loss_of,
-               watch=lambda done: inspect_codes(run, base, meta))
+               watch=lambda done: inspect_codes(run, base, meta), fill=True)
     return frozen(meta)
 
 
