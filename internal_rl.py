@@ -102,7 +102,7 @@ class Settings:
     cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages)")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
-    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others; in pretrain and discover it rises to all of them")
+    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others; in pretrain and discover it rises to all, in audition it is 0")
     bursts: float = setting(0.0, "pretrain", "ant: probability a step that the expert is pushed into a random direction for 8 steps")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
@@ -124,6 +124,8 @@ class Settings:
     alpha_free: float = setting(0.2, "discover", "share of the steps before α starts to rise from 0")
     alpha_ramp: float = setting(0.35, "discover", "share of the steps over which α rises to its value")
     mirror: bool = setting(True, "audition", "decode each code in a randomly mirrored copy of its world")
+    embedded: bool = setting(False, "audition", "the metacontroller reads the embedding e_{t,0} instead of e_{t,l}")
+    swap: bool = setting(False, "audition", "infer each code with the summary s of another trajectory that visits the same colours")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and again for token-level RL")
     rl_batch: int = setting(1024, "rl raw", "episodes an update")
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy")
@@ -141,7 +143,8 @@ class Settings:
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
             discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
 ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
-ANT_QUICK = dict(ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000)
+ANT_QUICK = dict(ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True,
+                 swap=True, candidates=1, audition_steps=3200, discover_steps=1600, alpha=0.5, rl_episodes=51_200, rl_batch=512, rl_minibatch=128)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
@@ -435,6 +438,12 @@ class Base(nn.Module):
         """observation [B, T, D] → e_{t,l} [B, T, C]"""
         return self.run(self.embed(observation), range(self.half), cache)
 
+    @property
+    def seen(self):
+        """What the metacontroller's history, summary and gate read: observation [B, T, D] → e_{t,l}, or e_{t,0} with `embedded`."""
+        # differs from the paper (the ant): e_{t,0}, where colours visited are easier to read than distances.
+        return self.embed if self.config.embedded else self.lower
+
     def last_residual(self, e, cache=None):
         return self.norm(self.run(e, range(self.half, len(self.blocks)), cache))
 
@@ -511,10 +520,9 @@ def next_cells(config, batch):
     return 3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1
 
 
-def thinned(config, batch, progress, generator):
-    """The steps at which the ant enters a cell, and a random share of all others: from `thin`, at progress 0, to 1, at progress 1."""
+def thinned(config, batch, share, generator):
+    """The steps at which the ant enters a cell, and a random share of all others."""
     # differs from the paper: what depends on the hidden task happens once a cell, every fifteen steps, so the steps between are learned late.
-    share = config.thin ** (1 - progress ** 3)
     some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
     return batch.only(entries(config, batch) | some)
 
@@ -602,17 +610,19 @@ class Metacontroller(nn.Module):
         """β_t = f_switch(e_t, h_{t−1}, z_{t−1})  (Eq. 16). features = switch_in([e_t, h_{t−1}]) [B, 64], z [B, Z] → [B]"""
         return self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1).sigmoid()
 
-    def propose(self, e, length):
-        """The non-causal half, on normalised residuals: e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch features [B, T+1, 64]."""
+    def propose(self, e, length, partner=None):
+        """The non-causal half, on normalised residuals: e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch features [B, T+1, 64]. With
+        `partner` [B] each trajectory takes the summary of that one instead of its own."""
         h, _ = self.history(e)
         before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start: [B, T+1, n_h]
         s = self.embedder(e)[0][torch.arange(len(e), device=e.device), length]  # after the last observation: [B, n_s]
+        s = s if partner is None else s[partner]
         mu, log_sigma = self.encoder(torch.cat([h, s[:, None].expand(-1, e.shape[1], -1)], -1)).chunk(2, -1)  # Eq. 15
         return mu, log_sigma.clamp(-6, 3), self.switch_in(torch.cat([e, before], -1))
 
-    def forward(self, e, length, generator):
+    def forward(self, e, length, generator, partner=None):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], beta [B, T+1], mu, log_sigma [B, T+1, Z]"""
-        mu, log_sigma, features = self.propose(self.norm(e), length)
+        mu, log_sigma, features = self.propose(self.norm(e), length, partner)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
         z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1: the first step takes the proposal
@@ -638,20 +648,36 @@ class Metacontroller(nn.Module):
 def two_worlds(config, base, batch, generator):
     """Residuals of the trajectories, from which codes are inferred, and of the world in which they are decoded.
 
-    Returns (e [B, T+1, C], e_world [B, T, C], world). The base model is frozen; gradients only flow back through its upper blocks.
+    Returns (e [B, T+1, C], e_world [B, T, C], world, partner). The base model is frozen; gradients only flow back through its upper blocks.
     """
     # differs from the paper: codes are decoded in a mirrored copy of the world, because a code that means "go up" explains nothing there.
     world = mirrored(config, batch, generator) if config.mirror else batch
     with torch.no_grad():
-        e = base.lower(batch.observation)
-        e_world = base.lower(world.observation) if config.mirror else e
-    return e, e_world[:, :batch.action.shape[1]], world
+        e = base.seen(batch.observation)
+        e_world = e if base.seen == base.lower and not config.mirror else base.lower(world.observation)
+    return e, e_world[:, :batch.action.shape[1]], world, same_visits(config, batch) if config.swap else None
 
 
-def discovery_loss(base, meta, e, e_world, world, alpha, generator):
+def same_visits(config, batch):
+    """For each trajectory another one that visits the same colours in the same order (itself if there is none): index [B]"""
+    # differs from the paper: the summary s comes from that one, because all that it can tell about this one are the colours.
+    places = WORLDS[config.task].places(batch.observation, config.size)[:, :, [*range(config.colours), -1]]  # [B, T+1, O+1]
+    on = (places[..., :-1] == places[..., -1:]) & (torch.arange(places.shape[1], device=places.device) <= batch.length[:, None])[..., None]
+    entered = on & ~F.pad(on, (0, 0, 1, 0))[:, :-1]  # [B, T+1, O]
+    colour, later = (entered * torch.arange(1, config.colours + 1, device=on.device)).sum(-1), entered.any(-1).flip(1).cumsum(1).flip(1)
+    order = (colour * (config.colours + 1) ** (later - 1).clamp(min=0)).sum(1)  # the visits as digits of a number
+    rows = order.argsort()
+    groups = order[rows].unique_consecutive(return_counts=True)[1].tolist()
+    partner = torch.empty_like(rows)
+    for group in rows.split(groups):
+        partner[group] = group.roll(1)
+    return partner
+
+
+def discovery_loss(base, meta, e, e_world, world, partner, alpha, generator):
     """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Arguments as from `two_worlds`.
     Returns (loss, parts, β [B, T+1])."""
-    z, beta, mu, log_sigma = meta(e, world.length, generator)
+    z, beta, mu, log_sigma = meta(e, world.length, generator, partner)
     valid = world.valid
     nll = action_loss(base.upper(meta.control(e_world, z[:, :valid.shape[1]])), world)
     kl = kl_to_standard_normal(mu, log_sigma)[:, :valid.shape[1]][valid].mean()
@@ -676,7 +702,7 @@ def play(config, base, layouts, task, generator, control=None):
     """Acts with the base model in every layout until all games are over. Actions are sampled at temperature 1.
 
     control(e [n, C], games [n], t) → ê [n, C] intervenes on the residual stream of the games that still run. It may read the
-    game's state through `control.game`, which is set here.
+    games' state and e_{t,0} [n, C] in `control.game` and `control.embedded`, which are set here.
     """
     device = generator.device
     game = WORLDS[config.task].Game(layouts, config.size, task, config.max_steps)
@@ -685,8 +711,10 @@ def play(config, base, layouts, task, generator, control=None):
     running, cache, observation = game.rows, base.new_cache(), game.observation().to(device)
     observations, actions = [observation], []
     while len(running):
-        e = base.lower(observation[running, None], cache)  # [n, 1, C]
+        embedded = base.embed(observation[running, None])
+        e = base.run(embedded, range(base.half), cache)  # [n, 1, C]
         if control is not None:
+            control.embedded = embedded[:, 0]
             e = control(e[:, 0], running, len(actions))[:, None]
         drawn = sample_action(config, base.upper(e, cache)[:, 0], generator)
         action = torch.zeros(len(layouts), *drawn.shape[1:], dtype=drawn.dtype, device=device)
@@ -721,12 +749,12 @@ class InternalControl:
 
     def __init__(self, config, meta, act, batch, hold=False):
         device = next(meta.parameters()).device
-        self.meta, self.act, self.hold, self.threshold = meta, act, hold, config.threshold
+        self.meta, self.act, self.hold, self.threshold, self.from_embedded = meta, act, hold, config.threshold, config.embedded
         self.h, self.z = torch.zeros(1, batch, config.n_h, device=device), torch.zeros(batch, config.n_z, device=device)
         self.trace = []  # (games, β, fired) of every step
 
     def __call__(self, e, games, t):
-        x, h = self.meta.norm(e), self.h[:, games]
+        x, h = self.meta.norm(self.embedded if self.from_embedded else e), self.h[:, games]
         beta = self.meta.switch(self.meta.switch_in(torch.cat([x, h[0]], -1)), self.z[games])
         fired = torch.ones_like(beta, dtype=torch.bool) if t == 0 else (beta > self.threshold) & (not self.hold)
         self.h[:, games] = self.meta.history(x[:, None], h.contiguous())[1]
@@ -1024,9 +1052,10 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
             raise SystemExit(128 + run.stop)
 
 
-def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False, fill=False):
+def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False, share=None):
     """Trains `parameters` on expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
-    One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. `fill`: thinned episodes fill up."""
+    One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. share(progress in
+    0 … 1): of the steps that `thinned` keeps, if config.thin < 1."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
     batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
@@ -1038,7 +1067,7 @@ def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0,
             for group in optimizer.param_groups:
                 group["lr"] = peak if constant or not config.cosine else learning_rate(peak, step, steps)
             if config.thin < 1:
-                batch = thinned(config, batch, min(1, step / steps) if fill else 0, generator)
+                batch = thinned(config, batch, share(min(1, step / steps)) if share else config.thin, generator)
             loss, parts = loss_of(batch, step, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -1093,7 +1122,7 @@ def pretrain(run):
         return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
 
     supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
-               config.noise, watch, fill=True)
+               config.noise, watch, share=lambda progress: config.thin ** (1 - progress ** 3))
     return frozen(base)
 
 
@@ -1177,7 +1206,7 @@ def inspect_codes(run, base, meta):
     """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
     config, generator = run.config, run.evaluation_generator(4)
     batch = held_out_batch(run, 512)
-    _, beta, mu, _ = meta(base.lower(batch.observation), batch.length, generator)
+    _, beta, mu, _ = meta(base.seen(batch.observation), batch.length, generator)
     precision, recall = gate_scores(beta, batch, config.threshold, config.tolerance)
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
             **held_share(run, base, meta)}
@@ -1234,7 +1263,7 @@ def audition(run, base):
         return sum(losses), {f"nll_{i}": loss.item() for i, loss in enumerate(losses)}
 
     supervised(run, "audition", {"metas": metas}, list(metas.parameters()), config.discover_lr, config.audition_steps, loss_of,
-               constant=True)
+               constant=True, share=lambda progress: 0)
     shares = [held_share(run, base, meta)["held_share"] for meta in metas]
     best = int(np.argmax(shares))
     print("audition: consistency of the codes", " ".join(f"{share:.3f}" for share in shares), f"→ candidate {best}", flush=True)
@@ -1253,7 +1282,8 @@ def discover(run, base):
         return loss, {**parts, "alpha": alpha, "beta": beta[:, 1:-1][batch.valid[:, 1:]].mean().item()}
 
     supervised(run, "discover", {"meta": meta}, list(meta.parameters()), config.discover_lr, config.discover_steps, loss_of,
-               watch=lambda done: inspect_codes(run, base, meta), fill=True)
+               watch=lambda done: inspect_codes(run, base, meta),
+               share=lambda progress: config.thin ** (1 - progress ** 3))
     return frozen(meta)
 
 
@@ -1372,7 +1402,7 @@ def figures(run, base, meta, policy):
     # Gates over true subgoals (Fig. A3)
     batch = expert_batch(config, 24 if config.task == "ant" else 6, run.evaluation_generator(6))  # the ant's expert fails at times
     with torch.no_grad():
-        _, beta, _, _ = meta(base.lower(batch.observation), batch.length, run.evaluation_generator(7))
+        _, beta, _, _ = meta(base.seen(batch.observation), batch.length, run.evaluation_generator(7))
     figure, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
     for i, axis in enumerate(axes):
         steps = int(batch.length[i])

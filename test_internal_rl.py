@@ -294,11 +294,11 @@ def test_scan_equals_the_recurrence_with_its_gradient(time):
 
 
 def test_steps_at_which_a_cell_is_entered_against_a_loop():
-    config = rl.Settings(task="ant", size=4, max_steps=250, next_cell=2.0, next_obs=0.0, thin=0.1, width=32, heads=2, mlp=48)
+    config = rl.Settings(task="ant", size=4, max_steps=250, next_cell=2.0, next_obs=0.0, width=32, heads=2, mlp=48)
     batch = rl.expert_batch(config, 6, generator())
     cells = ant.places(batch.observation, 4)[..., -1].tolist()
-    chosen = batch.only(rl.entries(config, batch))
-    thin = rl.thinned(config, batch, 0.0, generator())
+    chosen = rl.thinned(config, batch, 0.0, generator())
+    thin = rl.thinned(config, batch, 0.1, generator())
     assert batch.length.sum() * 0.05 < (thin.length - chosen.length).sum() < batch.length.sum() * 0.15
     logits, ways = [], []
     base = rl.Base(config)
@@ -440,6 +440,16 @@ def test_mirrored_trajectories_still_obey_the_rules(batch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------- RL
+
+def test_partners_visit_the_same_colours():
+    grid, world = rl.Settings(walls=2), rl.Settings(**rl.PRESETS["ant", "tiny"])
+    ants = rl.expert_batch(world, 96, generator())
+    for config, batch in ((grid, rl.expert_batch(grid, 96, generator())), (world, ants), (world, rl.thinned(world, ants, 0.0, generator()))):
+        partner = rl.same_visits(config, batch)
+        visits = [torch.unique_consecutive(batch.subgoal[i, :int(batch.length[i])]).tolist() for i in range(len(partner))]
+        assert all(visits[i] == visits[j] for i, j in enumerate(partner.tolist())) and sorted(partner.tolist()) == list(range(len(partner)))
+        assert all((i == j) == (visits.count(visits[i]) == 1) for i, j in enumerate(partner.tolist()))
+
 
 def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
     torch.manual_seed(2)
