@@ -189,16 +189,16 @@ class Game:
         """action [B] → reward [B] float, terminated [B], truncated [B] (both stay true once a game is over)."""
         return self.enter(self.next_cell[(self.rows * self.cells + self.agent) * 4 + action])
 
-    def enter(self, to, failed=None):
+    def enter(self, to, failed=False):
         """The agents arrive in the cells `to` [B]. Games in which something else `failed` [B] end there, without a visit. Returns as `step`."""
-        to = torch.where(self.done if failed is None else self.done | failed, self.agent, to)
+        to = torch.where(self.done | failed, self.agent, to)
         colour = self.colour_at[self.rows * self.cells + to]
         visit = (to != self.agent) & (colour >= 0)  # standing still never counts
         right = visit & (colour == self.tasks[self.rows * (self.goal + 1) + self.stage])
         self.agent, self.stage, self.steps = to, self.stage + right, self.steps + ~self.done
         self.first = torch.where((self.first < 0) & visit, colour, self.first)
         solved, wrong = self.stage == self.goal, visit & ~right
-        self.terminated = self.terminated | solved | wrong if failed is None else self.terminated | solved | wrong | failed
+        self.terminated = self.terminated | solved | wrong | failed
         truncated = (self.steps >= self.max_steps) & ~self.terminated
         self.done = self.terminated | truncated
         return (solved & right).float(), self.terminated, truncated

@@ -143,8 +143,9 @@ class Settings:
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
             discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
 ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
-ANT_QUICK = dict(ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True,
-                 swap=True, candidates=1, audition_steps=3200, discover_steps=1600, alpha=0.5, rl_episodes=51_200, rl_batch=512, rl_minibatch=128)
+ANT_QUICK = dict(
+    ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True, swap=True,
+    candidates=1, audition_steps=3200, discover_steps=1600, rl_episodes=51_200, rl_batch=512, rl_minibatch=128)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
@@ -234,7 +235,8 @@ class StoredEpisodes:
             return {"observation": batch.observation[kept].half().numpy(), "action": F.pad(batch.action, (0, 0, 0, 1))[kept].half().numpy(),
                     "subgoal": F.pad(batch.subgoal, (0, 1))[kept].byte().numpy(), "length": batch.length.numpy()}
 
-        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), {**settings, "noise": noise, "bursts": config.bursts, "episodes": min(ant_tasks.SHARD, count)}, make)
+        settings.update(noise=noise, bursts=config.bursts, episodes=min(ant_tasks.SHARD, count))
+        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), settings, make)
         join = lambda name: torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
         self.observation, self.action, self.subgoal, self.length = (join(name) for name in ("observation", "action", "subgoal", "length"))
         self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
@@ -397,6 +399,7 @@ class Base(nn.Module):
         super().__init__()
         self.config, self.half, objects = config, config.control_layer or config.layers // 2, config.colours + config.walls
         # differs from the paper: egocentric features (--view absolute for its own), because they are learned faster.
+        self.cells = self.body = None
         if config.task == "gridworld" or config.view == "egocentric":
             inputs = gridworld.input_count(config.view, config.size, config.colours, config.walls)
             self.cells = nn.EmbeddingBag(inputs, config.width, mode="sum")  # = a linear layer on the one-hot observation
@@ -416,11 +419,11 @@ class Base(nn.Module):
     def embed(self, observation):
         """[B, T, D] → e_{t,0} [B, T, C]"""
         config, embedded = self.config, 0
-        if hasattr(self, "cells"):
+        if self.cells is not None:
             places = WORLDS[config.task].places(observation, config.size)
             active = gridworld.INPUTS[config.view](places, config.size, config.colours)  # [B, T, N+1] positions of the ones
             embedded = self.cells(active.flatten(0, 1)).view(*observation.shape[:2], -1)
-        if hasattr(self, "body"):
+        if self.body is not None:
             embedded = embedded + self.body(ant_tasks.body_features(observation, config.size) if config.view == "egocentric" else observation)
         return embedded
 
