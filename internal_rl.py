@@ -145,7 +145,7 @@ TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, pr
 ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
 ANT_QUICK = dict(
     ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True, swap=True,
-    candidates=1, audition_steps=3200, discover_steps=1600, rl_episodes=51_200, rl_batch=512, rl_minibatch=128)
+    candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=51_200, rl_batch=512, rl_minibatch=128)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
