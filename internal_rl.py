@@ -138,14 +138,16 @@ class Settings:
     std_end: float = setting(0.25, "rl", "policy standard deviation at the end")
     threshold: float = setting(0.5, "audition rl", "β above this switches (hard gate)")
     tolerance: int = setting(1, "", "steps between a gate and a true change of subgoal that count as a hit")
+    evaluation: int = setting(1024, "audition", "layouts on which success is measured, a multiple of 64; codes are looked at in a fixed share of that")
 
 
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
-            discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128)
+            discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128, evaluation=128)
 ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
 ANT_QUICK = dict(
     ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True, swap=True,
-    candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=51_200, rl_batch=512, rl_minibatch=128)
+    candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=102_400, rl_batch=512, rl_minibatch=128,
+    rl_lr=1e-2)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
@@ -158,7 +160,7 @@ PRESETS = {  # (task, preset) → what differs from the defaults
         rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
     ("ant", "quick"): ANT_QUICK,
     ("ant", "tiny"): {**ANT_QUICK, **TINY, **dict(
-        trajectories=64, max_steps=250, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16, audition_steps=8, discover_steps=16,
+        trajectories=64, max_steps=150, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16, audition_steps=8, discover_steps=16,
         discover_batch=8, rl_episodes=64, rl_batch=32, rl_minibatch=16)},
     # Tables A2, A5, A8, A10, A14, A15.
     ("ant", "paper"): {**ANT, **dict(
@@ -1097,10 +1099,10 @@ def evaluation_layouts(run, n, number=2):
     return draw_layouts(run.config, n, run.evaluation_generator(number))
 
 
-def success_rate(run, base, control=None, n=1024):
-    """Success on the post-training task in n fixed layouts; `control` as in `play`."""
+def success_rate(run, base, control=None):
+    """Success on the post-training task in fixed layouts; `control` as in `play`."""
     task = gridworld.parse_task(run.config.post_task, run.config.colours)
-    episodes = play(run.config, base, evaluation_layouts(run, n), task, run.evaluation_generator(3), control)
+    episodes = play(run.config, base, evaluation_layouts(run, run.config.evaluation), task, run.evaluation_generator(3), control)
     return episodes.success.mean().item()
 
 
@@ -1194,9 +1196,9 @@ def alpha_at(config, step):
 
 
 def held_share(run, base, meta):
-    """32 random codes, each held in 64 layouts (ant: 32): how often does a code reach its favourite colour first? The favourite is
+    """32 random codes, each held in 64 layouts (the ant's in 32): how often does a code reach its favourite colour first? The favourite is
     found on one half of the layouts and scored on the other. Needs no hidden label: visits can be seen."""
-    generator, many = run.evaluation_generator(5), 16 if run.config.task == "ant" else 32
+    generator, many = run.evaluation_generator(5), run.config.evaluation // (64 if run.config.task == "ant" else 32)
     codes = torch.randn(32, run.config.n_z, generator=generator, device=run.device)
     find, score = (held_codes(run.config, base, meta, codes, evaluation_layouts(run, many, number), generator) for number in (6, 7))
     favourite = find[:, :-1].argmax(1)
@@ -1215,11 +1217,12 @@ def inspect_codes(run, base, meta):
             **held_share(run, base, meta)}
 
 
-def transplant(run, base, meta, n=256):
+def transplant(run, base, meta):
     """Codes that were active when a colour was reached in one layout, injected into others (App. B.3.2): how often is that colour
     the next one reached after step 30, and how often is 1 reached after 0, which never happens in the data? Each time beside the
     same without the code."""
     config, generator, moment = run.config, run.evaluation_generator(12), 30 if run.config.task == "ant" else 2
+    n = config.evaluation // 4
     prior = InternalControl(config, meta, lambda e, games: torch.randn(len(e), config.n_z, generator=generator, device=e.device), 4 * n)
     first = play(config, base, evaluation_layouts(run, 4 * n, 13), [0], generator, prior).first
     found = [prior.z[first == colour] for colour in range(config.colours)]
@@ -1442,7 +1445,8 @@ def figures(run, base, meta, policy):
 
     # Codes → first colour reached
     codes = torch.randn(32, config.n_z, generator=run.evaluation_generator(8), device=run.device)
-    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, 32 if config.task == "ant" else 64), run.evaluation_generator(9)).cpu().float()
+    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, config.evaluation // (32 if config.task == "ant" else 16)),
+                         run.evaluation_generator(9)).cpu().float()
     reached = reached / reached.sum(1, keepdim=True)
     order = (reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()
     plt.figure(figsize=(8, 3))
@@ -1548,7 +1552,7 @@ def run_stages(run, stage):
             result.update(moved)
     if wanted("rl"):
         policy = reinforcement(run, base, meta, "internal")
-        result["internal_success"] = success_rate(run, base, acting_control(run, meta, policy, 1024, 0.0))
+        result["internal_success"] = success_rate(run, base, acting_control(run, meta, policy, run.config.evaluation, 0.0))
         result["raw_success"] = success_rate(run, reinforcement(run, base, meta, "raw"))
         print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, raw {result['raw_success']:.4f}", flush=True)
     if wanted("figures"):
@@ -1626,6 +1630,8 @@ def check(config):
         for name in positive:
             if not 0 < getattr(config, name) < math.inf:
                 raise ValueError(f"{name} {getattr(config, name)} is not positive")
+        if config.evaluation < 64 or config.evaluation % 64:
+            raise ValueError(f"evaluation {config.evaluation} is not a multiple of 64")
         if config.max_steps < 10:
             raise ValueError(f"max_steps {config.max_steps} is less than 10, too short for the pretraining tasks")
         if config.seed >= 2 ** 40:

@@ -790,7 +790,7 @@ def test_expert_data_is_kept_and_refused_when_it_does_not_fit(tmp_path):
 
 
 def test_stored_episodes_are_whole_and_mirrored_copies_keep_their_colours(tmp_path):
-    config = rl.Settings(**{**rl.PRESETS["ant", "tiny"], "trajectories": 24})
+    config = rl.Settings(**{**rl.PRESETS["ant", "tiny"], "trajectories": 24, "max_steps": 250})
     stored = rl.StoredEpisodes(config, tmp_path, 0.1)
     count = len(stored.length)
     assert 18 <= count <= 24 and len(stored.observation) == (stored.length + 1).sum()
@@ -921,6 +921,7 @@ def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
     (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--task", "ant", "--thin", "0"], "thin"),
     (["--thin", "0.5"], "thin"), (["--next-cell", "1"], "next_cell"), (["--bursts", "0.1"], "bursts"), (["--trajectories", "64"], "trajectories"),
     (["--task", "ant", "--trajectories", "5000"], "trajectories"), (["--task", "ant", "--trajectories", "2"], "trajectories"), (["--task", "ant", "--stage", "bench"], "bench"), (["--threshold", "2"], "threshold"),
+    (["--evaluation", "100"], "evaluation"),
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ])
 def test_refused_inputs(arguments, word, tmp_path, capsys):
