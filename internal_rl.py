@@ -147,7 +147,7 @@ ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, ba
 ANT_QUICK = dict(
     ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True, swap=True,
     candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=102_400, rl_batch=512, rl_minibatch=128,
-    rl_lr=1e-2)
+    std_start=2.0)
 PRESETS = {  # (task, preset) → what differs from the defaults
     ("gridworld", "quick"): {},
     ("gridworld", "tiny"): TINY,
