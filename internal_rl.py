@@ -1587,7 +1587,9 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments):
     """Command line → (argparse namespace, Settings). Every setting is a flag; flags override the preset."""
     parser = Parser(prog="internal_rl.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes.", allow_abbrev=False)
+                    allow_abbrev=False,
+                    description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes. The values shown as quick are the "
+                                "gridworld's; the ant's are in PRESETS.")
     parser.add_argument("--task", choices=list(WORLDS), default="gridworld", help="world")
     parser.add_argument("--preset", choices=["tiny", "quick", "paper"], default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
     parser.add_argument("--stage", choices=COMMANDS, default="all",
