@@ -21,7 +21,7 @@ The story
                                             └─► blocks l+1…L ─► p(a_t | o_1…o_t, z_1…z_t)
 
 Glossary (code name: paper symbol, where)
-    e            residual stream e_{t,l} after block l, l = L/2            base.lower, base.upper       Sec. 1
+    e            residual stream e_{t,l} after block l, L/2 or as set      base.lower, base.upper       Sec. 1
     U, A, B      linear controller U_t = B(z)ᵀA(z), rank r                 low_rank_control             Eq. 1, 11, 18
     h            causal history h_t                                        Metacontroller.history       Eq. 12
     s            summary of the whole trajectory, one vector               Metacontroller.embedder      Eq. 13
@@ -62,7 +62,7 @@ import torch.nn.functional as F
 import ant_tasks
 import gridworld
 
-WORLDS = {"gridworld": gridworld, "ant": ant_tasks}  # both offer draw_layouts, Game, expert_paths, mirror, places, picture
+WORLDS = {"gridworld": gridworld, "ant": ant_tasks}  # both offer draw_layouts, Game, expert_paths, SYMMETRIES, mirror, places, picture
 
 # ============================================================================================================== settings
 
@@ -144,6 +144,7 @@ class Settings:
 TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
             discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128, evaluation=128)
 ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
+# differs from the paper: λ = 1 instead of 10, control of rank 16 instead of a full matrix, after block 1 of 4 instead of the middle one.
 ANT_QUICK = dict(
     ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True, swap=True,
     candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=102_400, rl_batch=512, rl_minibatch=128,
@@ -176,7 +177,8 @@ PRESETS = {  # (task, preset) → what differs from the defaults
 @dataclass
 class Batch:
     """Expert trajectories, padded: observation [B, T+1, D] (the last one included), action [B, T] (ant: [B, T, 8] torques),
-    subgoal [B, T] hidden index of the subgoal pursued (evaluation and steering only), length [B] actions taken."""
+    subgoal [B, T] hidden index of the subgoal pursued (evaluation and steering only), length [B] actions taken. After `only` some steps
+    are left out, and what follows a step is the next one that was kept."""
     observation: torch.Tensor
     action: torch.Tensor
     subgoal: torch.Tensor
@@ -194,12 +196,10 @@ class Batch:
 
     def only(self, chosen):
         """The steps where `chosen` [B, T], one after the other, and the last observation."""
-        count = (chosen & self.valid).sum(1)
-        steps = torch.arange(chosen.shape[1], device=chosen.device)
-        at = torch.where(chosen & self.valid, steps, len(steps)).sort(1).values[:, :int(count.max())]  # [B, T'], then T for padding
-        at = torch.minimum(torch.cat([at, self.length[:, None]], 1), self.length[:, None])  # [B, T'+1]
-        row = torch.arange(len(at), device=at.device)[:, None]
-        before = at[:, :-1].clamp(max=len(steps) - 1)
+        kept = F.pad(chosen & self.valid, (0, 1))  # [B, T+1]
+        count, steps = kept.sum(1), torch.arange(kept.shape[1], device=kept.device)
+        at = torch.where(kept, steps, self.length[:, None]).sort(1).values[:, :int(count.max()) + 1]  # kept steps, then the last observation
+        row, before = torch.arange(len(at), device=at.device)[:, None], at[:, :-1].clamp(max=self.action.shape[1] - 1)
         return Batch(self.observation[row, at], self.action[row, before], self.subgoal[row, before], count)
 
     def to(self, device):
@@ -220,6 +220,7 @@ def expert_batch(config, n, generator, noise=0.0):
     pushes = {"bursts": config.bursts} if config.task == "ant" else {}
     paths = WORLDS[config.task].expert_paths(layouts, config.size, tasks.to(device)[own], config.max_steps, generator, noise, **pushes)
     subgoal = subgoals.to(device)[own].gather(1, paths.stage.clamp(max=tasks.shape[1] - 1))
+    # differs from the paper: only solved episodes are kept, so that the data always shows a whole task.
     return Batch(paths.observation, paths.action, subgoal, paths.length).pick(paths.solved.nonzero()[:, 0]).to(generator.device)
 
 
@@ -262,7 +263,7 @@ def expert_batches(config, batch_size, generator, noise=0.0, count=16, stored=No
     order = torch.randperm(count, generator=generator, device=generator.device).tolist()
     if stored is None:
         return [pool.pick(deal[i]) for i in order]
-    # Simulation and expert are symmetric: in a mirrored world each trajectory is another sample of the same distribution.
+    # differs from the paper: stored trajectories are mirrored at every use. Simulation and expert are symmetric: that is as good as a fresh one.
     return (mirrored(config, pool.pick(deal[i]).to(generator.device), generator) for i in order)
 
 
@@ -379,8 +380,9 @@ class Hawk(nn.Module):
 
 
 class TorqueHead(nn.Linear):
-    """Mean and ln σ of each torque: [..., C] → [..., 16]. The diagonal covariance is learned, but the same in every state: a spread that
-    depended on the state would let controllers gain likelihood on the noiseless D* by shrinking it, without steering at all."""
+    """Mean and ln σ of each torque: [..., C] → [..., 16]."""
+    # differs from the paper: the spread is learned, but the same in every state. One that depends on the state lets controllers gain
+    # likelihood on the noiseless D* by shrinking it, without steering at all.
 
     def __init__(self, width):
         super().__init__(width, ant_tasks.ACTION)
@@ -443,11 +445,10 @@ class Base(nn.Module):
         """observation [B, T, D] → e_{t,l} [B, T, C]"""
         return self.run(self.embed(observation), range(self.half), cache)
 
-    @property
-    def seen(self):
+    def meta_input(self, observation):
         """What the metacontroller's history, summary and gate read: observation [B, T, D] → e_{t,l}, or e_{t,0} with `embedded`."""
         # differs from the paper (the ant): e_{t,0}, where colours visited are easier to read than distances.
-        return self.embed if self.config.embedded else self.lower
+        return self.embed(observation) if self.config.embedded else self.lower(observation)
 
     def last_residual(self, e, cache=None):
         return self.norm(self.run(e, range(self.half, len(self.blocks)), cache))
@@ -502,7 +503,7 @@ def pretraining_loss(config, base, batch):
         loss = loss + config.next_obs * next_observation_loss(config, base, batch, last)
     if config.next_cell > 0:
         entered = entries(config, batch)
-        loss = loss + config.next_cell * F.cross_entropy(base.way_head(last)[entered].float(), next_cells(config, batch)[entered])
+        loss = loss + config.next_cell * F.cross_entropy(base.way_head(last)[entered].float(), ways(config, batch)[entered])
     return loss, action_part
 
 
@@ -512,8 +513,8 @@ def entries(config, batch):
     return F.pad(cell[:, 1:-1] != cell[:, :-2], (1, 0), value=True) & batch.valid
 
 
-def next_cells(config, batch):
-    """Which way lies the cell that the torso enters next? [B, T] in 0 … 8: 3·(rows down + 1) + columns right + 1"""
+def ways(config, batch):
+    """Which way lies the cell that the torso enters next? [B, T] in 0 … 8: 3·(rows down + 1) + columns right + 1, so 4 if it enters none"""
     # differs from the paper: of the observation to come, the next cell is predicted, too, because a single control step hardly depends on the map.
     cell = WORLDS[config.task].places(batch.observation, config.size)[..., -1]  # [B, T+1]
     following, later = [], cell[:, -1]
@@ -527,13 +528,19 @@ def next_cells(config, batch):
 
 def thinned(config, batch, share, generator):
     """The steps at which the ant enters a cell, and a random share of all others."""
-    # differs from the paper: what depends on the hidden task happens once a cell, every fifteen steps, so the steps between are learned late.
+    # differs from the paper: only on entering a cell, about every fifteen steps, does the action depend on the hidden task. On all steps at
+    # once a model learns to continue the motion and never to choose it.
     some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
     return batch.only(entries(config, batch) | some)
 
 
+def rising_share(config, progress):
+    """The share for `thinned`, from config.thin at progress 0 to all steps at 1."""
+    return config.thin ** (1 - progress ** 3)
+
+
 def next_observation_loss(config, base, batch, last):
-    """−ln p(o_{t+1} | o_{1:t}), mean over steps, from the last residual [B, T, C]."""
+    """−ln p(o_{t+1} | o_{1:t}), mean over steps, from the last residual [B, T, C]; in a thinned batch, of the next observation kept."""
     valid, following = batch.valid, batch.observation[:, 1:]
     out = base.observation_head(last)[valid].float()
     if config.task == "gridworld":
@@ -545,7 +552,7 @@ def next_observation_loss(config, base, batch, last):
 # ============================================================================================== probe, labelled controllers
 
 class Probe(nn.Module):
-    """One linear read-out of the hidden subgoal per layer: p(g_t | e_{t,l}) = softmax(U_l e_{t,l})  (Eq. 6-7)."""
+    """One linear read-out of the hidden subgoal per layer, here of the normalised stream: p(g_t | e_{t,l}) = softmax(U_l e_{t,l})  (Eq. 6-7)."""
 
     def __init__(self, config):
         super().__init__()
@@ -653,19 +660,21 @@ class Metacontroller(nn.Module):
 def two_worlds(config, base, batch, generator):
     """Residuals of the trajectories, from which codes are inferred, and of the world in which they are decoded.
 
-    Returns (e [B, T+1, C], e_world [B, T, C], world, partner). The base model is frozen; gradients only flow back through its upper blocks.
+    Returns (e [B, T+1, C], e_world [B, T, C], world: the Batch of the latter, partner [B]: whose summary each trajectory takes, or None).
+    The base model is frozen; gradients only flow back through its upper blocks.
     """
     # differs from the paper: codes are decoded in a mirrored copy of the world, because a code that means "go up" explains nothing there.
     world = mirrored(config, batch, generator) if config.mirror else batch
     with torch.no_grad():
-        e = base.seen(batch.observation)
-        e_world = e if base.seen == base.lower and not config.mirror else base.lower(world.observation)
+        e = base.meta_input(batch.observation)
+        e_world = base.lower(world.observation) if config.mirror or config.embedded else e
     return e, e_world[:, :batch.action.shape[1]], world, same_visits(config, batch) if config.swap else None
 
 
 def same_visits(config, batch):
     """For each trajectory another one that visits the same colours in the same order (itself if there is none): index [B]"""
-    # differs from the paper: the summary s comes from that one, because all that it can tell about this one are the colours.
+    # differs from the paper: the summary s comes from that one, because all that it can tell about this one is the order of the colours, and
+    # not where they are.
     places = WORLDS[config.task].places(batch.observation, config.size)[:, :, [*range(config.colours), -1]]  # [B, T+1, O+1]
     on = (places[..., :-1] == places[..., -1:]) & (torch.arange(places.shape[1], device=places.device) <= batch.length[:, None])[..., None]
     entered = on & ~F.pad(on, (0, 0, 1, 0))[:, :-1]  # [B, T+1, O]
@@ -754,12 +763,12 @@ class InternalControl:
 
     def __init__(self, config, meta, act, batch, hold=False):
         device = next(meta.parameters()).device
-        self.meta, self.act, self.hold, self.threshold, self.from_embedded = meta, act, hold, config.threshold, config.embedded
+        self.meta, self.act, self.hold, self.threshold, self.reads_embedding = meta, act, hold, config.threshold, config.embedded
         self.h, self.z = torch.zeros(1, batch, config.n_h, device=device), torch.zeros(batch, config.n_z, device=device)
         self.trace = []  # (games, β, fired) of every step
 
     def __call__(self, e, games, t):
-        x, h = self.meta.norm(self.embedded if self.from_embedded else e), self.h[:, games]
+        x, h = self.meta.norm(self.embedded if self.reads_embedding else e), self.h[:, games]
         beta = self.meta.switch(self.meta.switch_in(torch.cat([x, h[0]], -1)), self.z[games])
         fired = torch.ones_like(beta, dtype=torch.bool) if t == 0 else (beta > self.threshold) & (not self.hold)
         self.h[:, games] = self.meta.history(x[:, None], h.contiguous())[1]
@@ -924,7 +933,7 @@ def held_codes(config, base, meta, codes, layouts, generator):
     repeated = layouts[torch.arange(len(layouts)).repeat(len(codes))]
     each = codes.repeat_interleave(len(layouts), 0)
     control = InternalControl(config, meta, lambda e, games: each[games], len(each), hold=True)
-    episodes = play(config, base, repeated, [0], generator, control)
+    episodes = play(config, base, repeated, [0], generator, control)  # in a task of one visit the first colour ends the game
     first = episodes.first.view(len(codes), -1) % (config.colours + 1)  # −1 → O
     return F.one_hot(first, config.colours + 1).sum(1)
 
@@ -1059,8 +1068,8 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
 
 def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False, share=None):
     """Trains `parameters` on expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
-    One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. share(progress in
-    0 … 1): of the steps that `thinned` keeps, if config.thin < 1."""
+    One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. With config.thin < 1 the
+    batches are `thinned` to share(progress), progress in 0 … 1, of the steps, or to config.thin."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
     batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
@@ -1127,7 +1136,7 @@ def pretrain(run):
         return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
 
     supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
-               config.noise, watch, share=lambda progress: config.thin ** (1 - progress ** 3))
+               config.noise, watch, share=lambda progress: rising_share(config, progress))
     return frozen(base)
 
 
@@ -1152,6 +1161,7 @@ def probe(run, base):
     def of_batch(batch):
         with torch.no_grad():
             residuals = base.residuals(batch.observation[:, :-1])[:, batch.valid]  # [L+1, n, C]
+        # differs from the paper: each layer's stream at unit scale, so that one learning rate suits all of them.
         return probe(F.layer_norm(residuals, residuals.shape[-1:])), batch.subgoal[batch.valid]
 
     def loss_of(batch, step, generator):
@@ -1211,23 +1221,26 @@ def inspect_codes(run, base, meta):
     """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
     config, generator = run.config, run.evaluation_generator(4)
     batch = held_out_batch(run, 512)
-    _, beta, mu, _ = meta(base.seen(batch.observation), batch.length, generator)
+    _, beta, mu, _ = meta(base.meta_input(batch.observation), batch.length, generator)
     precision, recall = gate_scores(beta, batch, config.threshold, config.tolerance)
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
             **held_share(run, base, meta)}
 
 
 def transplant(run, base, meta):
-    """Codes that were active when a colour was reached in one layout, injected into others (App. B.3.2): how often is that colour
-    the next one reached after step 30, and how often is 1 reached after 0, which never happens in the data? Each time beside the
-    same without the code."""
+    """Codes that were active when a colour was reached in one layout, injected into others (App. B.3.2).
+
+    transplant: a code from step 30 on (grid: step 2); share of the episodes then still running that reach its colour first.
+    withheld: a code of 0 from the start and, once 0 is reached, one of 1; share of the episodes that reach 0 first in which 1 comes
+    next, which never happens in the data. …_without: the same without the (last) code. Empty if some colour is never reached.
+    """
     config, generator, moment = run.config, run.evaluation_generator(12), 30 if run.config.task == "ant" else 2
     n = config.evaluation // 4
     prior = InternalControl(config, meta, lambda e, games: torch.randn(len(e), config.n_z, generator=generator, device=e.device), 4 * n)
     first = play(config, base, evaluation_layouts(run, 4 * n, 13), [0], generator, prior).first
     found = [prior.z[first == colour] for colour in range(config.colours)]
     if min(len(codes) for codes in found) == 0:
-        return {}  # some colour is never reached
+        return {}
 
     def some(colour):
         codes = found[colour]
@@ -1258,7 +1271,8 @@ def audition(run, base):
 
     What a code comes to mean, the subgoal or only its distance, is decided early and by chance.
     """
-    # differs from the paper: selection among metacontrollers by their codes, where the paper selects by the success of RL.
+    # differs from the paper: selection among metacontrollers by their codes, where the paper selects by the success of RL (the ant: one
+    # candidate, no selection).
     config = run.config
     torch.manual_seed(config.seed)
     metas = nn.ModuleList(Metacontroller(config) for _ in range(config.candidates)).to(run.device)
@@ -1270,6 +1284,8 @@ def audition(run, base):
 
     supervised(run, "audition", {"metas": metas}, list(metas.parameters()), config.discover_lr, config.audition_steps, loss_of,
                constant=True, share=lambda progress: 0)
+    if config.candidates == 1:
+        return metas[0]
     shares = [held_share(run, base, meta)["held_share"] for meta in metas]
     best = int(np.argmax(shares))
     print("audition: consistency of the codes", " ".join(f"{share:.3f}" for share in shares), f"→ candidate {best}", flush=True)
@@ -1289,7 +1305,7 @@ def discover(run, base):
 
     supervised(run, "discover", {"meta": meta}, list(meta.parameters()), config.discover_lr, config.discover_steps, loss_of,
                watch=lambda done: inspect_codes(run, base, meta),
-               share=lambda progress: config.thin ** (1 - progress ** 3))
+               share=lambda progress: rising_share(config, progress))
     return frozen(meta)
 
 
@@ -1327,9 +1343,9 @@ def reinforcement(run, base, meta, method):
     return frozen(learner)
 
 
-def acting_control(run, meta, policy, batch, std, number=5):
-    """InternalControl by `policy` with its own fixed noise."""
-    actor = PolicyActor(run.config, policy, batch, std, run.evaluation_generator(number))
+def acting_control(run, meta, policy, batch):
+    """InternalControl by the policy's mean codes."""
+    actor = PolicyActor(run.config, policy, batch, 0.0, run.evaluation_generator(5))
     return InternalControl(run.config, meta, actor, batch)
 
 
@@ -1339,7 +1355,7 @@ def bench(run):
     """Speed of one discovery step, one cached acting step and the batched environment, on one thread."""
     torch.set_num_threads(1)
     config = replace(run.config, size=7, colours=8, walls=4, subgoals="pairs", view="absolute", width=128, layers=4, heads=4, mlp=256,
-                     rank=16, n_z=8, mirror=False)
+                     rank=16, n_z=8, mirror=False, embedded=False, swap=False)
     generator = run.evaluation_generator()
     base, meta = frozen(Base(config).to(run.device)), Metacontroller(config).to(run.device)
     batch = expert_batch(config, 64, generator)
@@ -1408,7 +1424,7 @@ def figures(run, base, meta, policy):
     # Gates over true subgoals (Fig. A3)
     batch = expert_batch(config, 24 if config.task == "ant" else 6, run.evaluation_generator(6))  # the ant's expert fails at times
     with torch.no_grad():
-        _, beta, _, _ = meta(base.seen(batch.observation), batch.length, run.evaluation_generator(7))
+        _, beta, _, _ = meta(base.meta_input(batch.observation), batch.length, run.evaluation_generator(7))
     figure, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
     for i, axis in enumerate(axes):
         steps = int(batch.length[i])
@@ -1463,7 +1479,7 @@ def figures(run, base, meta, policy):
 
     # A shortest solved episode of internal RL, if there is one: film strip and animation
     layouts = evaluation_layouts(run, 64, number=10)
-    control = acting_control(run, meta, policy, len(layouts), 0.0)
+    control = acting_control(run, meta, policy, len(layouts))
     episodes = play(config, base, layouts, task, run.evaluation_generator(11), control)
     best = int((episodes.success * 1000 - episodes.length).argmax())  # a shortest success, if there is any
     fired, steps = [], int(episodes.length[best])
@@ -1552,7 +1568,7 @@ def run_stages(run, stage):
             result.update(moved)
     if wanted("rl"):
         policy = reinforcement(run, base, meta, "internal")
-        result["internal_success"] = success_rate(run, base, acting_control(run, meta, policy, run.config.evaluation, 0.0))
+        result["internal_success"] = success_rate(run, base, acting_control(run, meta, policy, run.config.evaluation))
         result["raw_success"] = success_rate(run, reinforcement(run, base, meta, "raw"))
         print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, raw {result['raw_success']:.4f}", flush=True)
     if wanted("figures"):

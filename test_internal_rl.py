@@ -314,7 +314,7 @@ def test_steps_at_which_a_cell_is_entered_against_a_loop():
         logits.append(base.way_head(base.last_residual(base.lower(chosen.observation[i:i + 1, :len(steps)])))[0])
     ways = torch.tensor(ways)
     for some in (batch, chosen, thin):  # the way to the next cell does not depend on the steps between
-        assert torch.equal(rl.next_cells(config, some)[rl.entries(config, some)], ways)
+        assert torch.equal(rl.ways(config, some)[rl.entries(config, some)], ways)
     assert all(torch.equal(x, y) for x, y in zip(vars(rl.thinned(config, batch, 1.0, generator())).values(), vars(batch.only(batch.valid)).values()))
     loss, action_part = rl.pretraining_loss(config, base, chosen)
     assert loss.item() == pytest.approx((action_part + 2 * F.cross_entropy(torch.cat(logits), ways)).item(), rel=1e-5)
