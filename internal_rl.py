@@ -23,7 +23,7 @@ The story
 
 Glossary (code name: paper symbol, where)
     e            residual stream e_{t,l} after block l, L/2 or as set      base.lower, base.upper       Sec. 1
-    U, A, B      linear controller U_t = B(z)ᵀA(z), rank r                 low_rank_control             Eq. 1, 11, 18
+    U, A, B      linear controller U_t = B(z)ᵀA(z)/√C, rank R              low_rank_control             Eq. 1, 11, 18
     h            causal history h_t                                        Metacontroller.history       Eq. 12
     s            summary of the whole trajectory, one vector               Metacontroller.embedder      Eq. 13
     mu, sigma    μ_t, diagonal Σ_t of the proposed code                    Metacontroller.encoder       Eq. 14, 15
@@ -32,8 +32,9 @@ Glossary (code name: paper symbol, where)
     alpha        weight α of the KL to N(0, I)                             discovery_loss               Eq. 3, 9
     lambda       weight λ of the next-observation loss                     pretraining_loss             Eq. 4, 5
     D, D*        expert data for the base / for everything after it        expert_batch                 App. C
-    a_t, h_t     decay and state of the real-gated linear recurrence       Hawk, parallel_scan          App. D.1
-Dims: B batch, T actions of an episode, C residual width, N objects (colours + walls), K subgoals, Z code, R rank, S switches.
+    a_t, h_t     in Hawk: decay and state of the linear recurrence         Hawk, parallel_scan          App. D.1
+Dims: B batch, n games that still run, T actions of an episode, D numbers of an observation, C residual width, O colours, N objects
+(colours + walls), K subgoals, V visits of a task, Z code, R rank, J hidden units of f_hyp, S switches, P policy width.
 
 Run it
     python internal_rl.py --task gridworld                    all stages of the quick preset; see README.md for what to expect
@@ -100,7 +101,7 @@ class Settings:
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step")
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate")
     weight_decay: float = setting(0.03, "pretrain", "AdamW weight decay (all supervised stages)")
-    cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages)")
+    cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages but audition)")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
     thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others; in pretrain and discover it rises to 1, in audition it is 0")
@@ -402,7 +403,7 @@ class Base(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.half, objects = config, config.control_layer or config.layers // 2, config.colours + config.walls
+        self.config, self.split, objects = config, config.control_layer or config.layers // 2, config.colours + config.walls  # split: l
         # differs from the paper: egocentric features (--view absolute for its own), because they are learned faster.
         self.cells = self.body = None
         if config.task == "gridworld" or config.view == "egocentric":
@@ -432,7 +433,7 @@ class Base(nn.Module):
             embedded = embedded + self.body(ant_tasks.body_features(observation, config.size) if config.view == "egocentric" else observation)
         return embedded
 
-    def run(self, x, blocks, cache):
+    def run_blocks(self, x, blocks, cache):
         for i in blocks:
             x, kept = self.blocks[i](x, None if cache is None else cache[i])
             if cache is not None:
@@ -444,7 +445,7 @@ class Base(nn.Module):
 
     def lower(self, observation, cache=None):
         """observation [B, T, D] → e_{t,l} [B, T, C]"""
-        return self.run(self.embed(observation), range(self.half), cache)
+        return self.run_blocks(self.embed(observation), range(self.split), cache)
 
     def meta_input(self, observation):
         """What the metacontroller's history, summary and gate read: observation [B, T, D] → e_{t,l}, or e_{t,0} with `embedded`."""
@@ -452,7 +453,7 @@ class Base(nn.Module):
         return self.embed(observation) if self.config.embedded else self.lower(observation)
 
     def last_residual(self, e, cache=None):
-        return self.norm(self.run(e, range(self.half, len(self.blocks)), cache))
+        return self.norm(self.run_blocks(e, range(self.split, len(self.blocks)), cache))
 
     def upper(self, e, cache=None):
         """e_{t,l} [B, T, C] → action logits [B, T, 4], or mean and ln σ of the torques [B, T, 16]"""
@@ -465,7 +466,7 @@ class Base(nn.Module):
         """observation [B, T, D] → e_{t,0} … e_{t,L}: [L+1, B, T, C]"""
         streams = [self.embed(observation)]
         for i in range(len(self.blocks)):
-            streams.append(self.run(streams[-1], [i], None))
+            streams.append(self.run_blocks(streams[-1], [i], None))
         return torch.stack(streams)
 
 
@@ -624,7 +625,7 @@ class Metacontroller(nn.Module):
         return self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1).sigmoid()
 
     def propose(self, e, length, partner=None):
-        """The non-causal half, on normalised residuals: e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch features [B, T+1, 64]. With
+        """All that does not depend on z, for all steps at once, on normalised residuals: e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch features [B, T+1, 64]. With
         `partner` [B] each trajectory takes the summary of that one instead of its own."""
         h, _ = self.history(e)
         before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start: [B, T+1, n_h]
@@ -727,7 +728,7 @@ def play(config, base, layouts, task, generator, control=None):
     observations, actions = [observation], []
     while len(running):
         embedded = base.embed(observation[running, None])
-        e = base.run(embedded, range(base.half), cache)  # [n, 1, C]
+        e = base.run_blocks(embedded, range(base.split), cache)  # [n, 1, C]
         if control is not None:
             control.embedded = embedded[:, 0]
             e = control(e[:, 0], running, len(actions))[:, None]
@@ -750,7 +751,7 @@ class LabelledControl:
     """Activates the labelled controllers in the order of the task, by the true number of visits so far."""
 
     def __init__(self, controllers, order):
-        self.controllers, self.order = controllers, order  # order [K]: the subgoal each visit belongs to
+        self.controllers, self.order = controllers, order  # order [V]: the subgoal each visit belongs to
 
     def __call__(self, e, games, t):
         return self.controllers(e, self.order[self.game.stage[games]])
@@ -840,21 +841,21 @@ def advantage(success):
     return (success - success.mean()) / (success.std(correction=0) + 1e-3)
 
 
-def clipped_surrogate(log_prob, old_log_prob, advantage, mask, clip):
-    """PPO's clipped objective summed over an episode's steps (Eq. 10), as a loss: [B, S] (advantage [B]) → scalar"""
+def clipped_surrogate(log_prob, old_log_prob, weight, mask, clip):
+    """PPO's clipped objective summed over an episode's steps (Eq. 10), as a loss: [B, S], weight (the advantage) [B] → scalar"""
     ratio = (log_prob - old_log_prob).exp()
-    gain = torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - clip, 1 + clip) * advantage[:, None])
+    gain = torch.minimum(ratio * weight[:, None], ratio.clamp(1 - clip, 1 + clip) * weight[:, None])
     return -(gain * mask).sum(1).mean()
 
 
 def reinforce(config, parameters, optimizer, success, log_prob_of, old_log_prob, mask, generator):
     """PPO epochs over one batch of episodes. log_prob_of(rows) → [b, S] under the current parameters. Returns the last loss."""
-    gain, loss = advantage(success), torch.zeros(())
+    weight, loss = advantage(success), torch.zeros(())
     if success.std(correction=0) == 0:
         return 0.0  # every advantage is 0, and so is the gradient
     for _ in range(config.rl_epochs):
         for rows in torch.randperm(len(success), generator=generator, device=success.device).split(config.rl_minibatch):
-            loss = clipped_surrogate(log_prob_of(rows), old_log_prob[rows], gain[rows], mask[rows], config.clip)
+            loss = clipped_surrogate(log_prob_of(rows), old_log_prob[rows], weight[rows], mask[rows], config.clip)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1070,7 +1071,7 @@ def train(run, stage, modules, optimizers, generator, rounds, one_round, report_
 def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False, share=None):
     """Trains `parameters` on expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
     One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. With config.thin < 1 the
-    batches are `thinned` to share(progress), progress in 0 … 1, of the steps, or to config.thin."""
+    batches are `thinned`: of the steps that enter no cell share(progress) is kept, progress in 0 … 1, or config.thin."""
     config, generator, pool = run.config, run.generator(stage), min(16, steps)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
     batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
@@ -1193,7 +1194,7 @@ def steer(run, base):
 
 
 def subgoal_order(config, device):
-    """The subgoal that each visit of the post-training task belongs to: [K]"""
+    """The subgoal that each visit of the post-training task belongs to: [V]"""
     subgoal_of = {colour: i for i, colours in enumerate(gridworld.SUBGOALS[config.subgoals]) for colour in colours}
     return torch.tensor([subgoal_of[colour] for colour in gridworld.parse_task(config.post_task, config.colours)], device=device)
 
@@ -1441,7 +1442,7 @@ def figures(run, base, meta, policy):
     accuracy = last_metric(run, "probe", "probe_accuracy")
     plt.figure(figsize=(5, 3))
     plt.plot(range(len(accuracy)), accuracy, "o-", color="black")
-    plt.axvline(base.half, ls=":", color="gray")
+    plt.axvline(base.split, ls=":", color="gray")
     plt.xticks(range(len(accuracy)))
     plt.xlabel("layer l (dotted: control layer)")
     plt.ylabel("subgoal accuracy of a linear probe")
@@ -1522,22 +1523,22 @@ def figures(run, base, meta, policy):
 # ==================================================================================================================== main
 
 RAW = {"gridworld": "token-level", "ant": "raw-action"}
-EXPECT = {  # name → (what it is, median of the quick preset's seeds on the grid, with the ant)
-    "gap": ("base model above the best possible, nats per action", "0.04", ""),
-    "probe_best": ("linear probe of the hidden subgoal, best layer", "0.53", ""),
-    "base_success": ("base model alone on the post-training task", "0", ""),
-    "steer_success": ("labelled controllers on the post-training task", "0.75", ""),
-    "gate_precision": ("gate precision, ±1 step (ant: ±3)", "1", ""),
-    "gate_recall": ("gate recall, ±1 step (ant: ±3)", "1", ""),
-    "goal_accuracy": ("subgoal read from the code by nearest centroid", "1", ""),
-    "held_share": ("one held random code reaches the same colour (chance 1/K)", "0.74", ""),
-    "transplant": ("a code found elsewhere, injected: its colour is next", "0.58", ""),
-    "transplant_without": ("… without it", "0.2", ""),
-    "withheld": ("codes of 0, then 1 found elsewhere, injected: 1 follows 0", "0.12", ""),
-    "withheld_without": ("… without the latter", "0.006", ""),
-    "internal_success": ("internal RL, success on held-out layouts", "0.61", ""),
-    "switches_solved": ("codes chosen in an episode that it solves (visits: 4)", "4.5", ""),
-    "raw_success": ("token-level or raw-action RL, success on held-out layouts", "0", ""),
+EXPECT = {  # name → (what it is, medians of the quick preset's seeds: on the grid, with the ant)
+    "gap": ("base model above its floor (Bayes; ant: noise entropy), nats", "0.04", "1.4"),
+    "probe_best": ("linear probe of the hidden subgoal, best layer", "0.53", "0.42"),
+    "base_success": ("base model alone on the post-training task", "0", "0"),
+    "steer_success": ("labelled controllers on the post-training task", "0.75", "0.59"),
+    "gate_precision": ("gate precision, ±1 step (ant: ±3)", "1", "1"),
+    "gate_recall": ("gate recall, ±1 step (ant: ±3)", "1", "0.99"),
+    "goal_accuracy": ("subgoal read from the code by nearest centroid", "1", "0.98"),
+    "held_share": ("one held random code reaches the same colour (chance 1/K)", "0.74", "0.67"),
+    "transplant": ("a code found elsewhere, injected: its colour is next", "0.58", "0.47"),
+    "transplant_without": ("… without it", "0.2", "0.26"),
+    "withheld": ("codes of 0, then 1 found elsewhere, injected: 1 follows 0", "0.12", "0.2"),
+    "withheld_without": ("… without the second code", "0.006", "0"),
+    "internal_success": ("internal RL, success on held-out layouts", "0.61", "0.42"),
+    "switches_solved": ("codes chosen in an episode that it solves", "4.5", "6"),
+    "raw_success": ("token-level or raw-action RL, success on held-out layouts", "0", "0"),
     "seconds": ("seconds of all stages", "", ""),
 }
 
