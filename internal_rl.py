@@ -90,7 +90,7 @@ class Settings:
     max_steps: int = setting(60, "pretrain", "episode length limit")
     subgoals: str = setting("singles", "pretrain", "pretraining tasks: 'singles' (Table A2) or 'pairs' of colours (Table A1)")
     noise: float = setting(0.0, "pretrain", "expert noise in the base model's data: probability ε of a random move; standard deviation of the ant's torques")
-    trajectories: int = setting(0, "pretrain", "expert episodes to make for the base model, and a quarter of it for the rest; solved ones are kept on disk; 0: fresh ones all the time")
+    trajectories: int = setting(0, "pretrain", "expert episodes made for the base model (the rest: a quarter); solved ones stay on disk; 0: always fresh ones")
     view: str = setting("egocentric", "pretrain", "input form: 'egocentric' features or the paper's 'absolute' observation")
     base: str = setting("transformer", "pretrain", "base model: 'transformer' or 'hawk'")
     width: int = setting(128, "pretrain", "residual width n_e")
@@ -104,7 +104,7 @@ class Settings:
     cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages but audition)")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
     next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
-    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others; in pretrain and discover it rises to 1, in audition it is 0")
+    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others (pretrain, discover: rising to 1; audition: 0)")
     bursts: float = setting(0.0, "pretrain", "ant: probability a step that the expert is pushed into a random direction for 8 steps")
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "linear probe: training steps")
@@ -625,8 +625,8 @@ class Metacontroller(nn.Module):
         return self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1).sigmoid()
 
     def propose(self, e, length, partner=None):
-        """All that does not depend on z, for all steps at once, on normalised residuals: e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch features [B, T+1, 64]. With
-        `partner` [B] each trajectory takes the summary of that one instead of its own."""
+        """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch
+        features [B, T+1, 64]. With `partner` [B] each trajectory takes the summary of that one instead of its own."""
         h, _ = self.history(e)
         before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start: [B, T+1, n_h]
         s = self.embedder(e)[0][torch.arange(len(e), device=e.device), length]  # after the last observation: [B, n_s]
@@ -1537,7 +1537,7 @@ EXPECT = {  # name → (what it is, medians of the quick preset's seeds: on the 
     "withheld": ("codes of 0, then 1 found elsewhere, injected: 1 follows 0", "0.12", "0.29"),
     "withheld_without": ("… without the second code", "0.006", "0.007"),
     "internal_success": ("internal RL, success on held-out layouts", "0.61", "0.42"),
-    "switches_solved": ("codes chosen in an episode that it solves", "4.5", "5.3"),
+    "switches_solved": ("codes chosen in an episode that it solves", "4.5", "4.5 to 6"),
     "raw_success": ("token-level or raw-action RL, success on held-out layouts", "0", "0"),
     "seconds": ("seconds of all stages", "", ""),
 }
@@ -1592,12 +1592,12 @@ def last_metric(run, stage, name):
 
 
 def print_table(task, results):
-    """One column a seed, then the median and what to expect."""
+    """One column a seed, then the median and what to expect. A row that no seed measured is left out."""
     print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   expect (quick)")
     for name, (text, *expected) in EXPECT.items():
         expected = expected[list(WORLDS).index(task)]
-        values = [result.get(name) for result in results.values()]
-        if None not in values:
+        values = [result.get(name, math.nan) for result in results.values()]  # nan: there was nothing to measure
+        if not np.isnan(values).all():
             print(f"{text:62}" + "".join(f"{v:10.4g}" for v in values) + f"{np.median(values):10.4g}   {expected}")
 
 
