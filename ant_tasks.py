@@ -1,27 +1,23 @@
 """ant-pinpad (arXiv:2512.20605, App. A.2): gridworld-pinpad on a plane, walked by a MuJoCo ant with eight joint torques.
 
-The rules are gridworld-pinpad's: visit coloured cells in a hidden order. The agent is the cell under the ant's torso. A game also ends,
-without reward, when the torso enters a wall cell, leaves the arena, or its height leaves [0.2, 1.0] m.
+The agent is the cell under the ant's torso. A game also ends, without reward, when the torso enters a wall cell, leaves
+the arena, or its height leaves [0.2, 1.0] m. Beside gridworld's names, with the same meaning, there are
 
-    layouts = draw_layouts(n, size, colours, walls, generator)              where everything is, and each ant's pose
-    game    = Game(layouts, size, tasks, max_steps)                         n ants; game.step(torques [n, 8]), game.observation()
-    torques = gait(qpos, qvel, heading)                                     an analytic expert: walks into any direction of the world
-    paths   = expert_paths(layouts, size, tasks, max_steps, generator, …)   it solves tasks: the pretraining data
-    shards  = expert_data(folder, shards, settings, make)                   tens of thousands of its episodes, kept on disk
-    env     = gymnasium.make("AntPinpad-v0")                                one ant with the Gymnasium interface
-    python ant_tasks.py                                                     success of the expert, speed, a picture and an animation
+    torques = gait(qpos, qvel, heading)           an analytic expert: walks into any direction
+    env     = gymnasium.make("AntPinpad-v0")      one ant with the Gymnasium interface
+    python ant_tasks.py                           success and speed of the expert, a film
 
-The ant is gymnasium's ant.xml. Units: metres, seconds, radians; torques in −1 … 1 of the motors' range. Cells are 1 m wide; row 0 is the
-northernmost (largest y), column 0 the westernmost (smallest x), the arena's centre is the origin.
-Dims: n ants, O colours, W walls, N = O + W objects.
+Units: metres, seconds, radians; torques in −1 … 1 of the motors' range. Cells are 1 m wide; row 0 is the northernmost
+(largest y), column 0 the westernmost (smallest x), the arena's centre is the origin.
+Dims: n ants, B games, T time, G arena size, O colours, N = O + W objects (colours, then walls), D = 31 + 2N.
 """
 import argparse
 import functools
 import json
 import math
 import os
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,44 +25,42 @@ import gymnasium
 import mujoco
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mujoco.rollout import Rollout
 
 import gridworld
 
-CELL = 1.0  # m
 HEALTHY = (0.2, 1.0)  # torso height, m
-# differs from the paper, or makes it precise: the ankles start bent, because the model's zero pose is beyond their limits and jumps off.
+# differs from the paper, or makes it precise: the ankles start bent, because the model's zero pose jumps off.
 START_HEIGHT, START_JOINTS = 0.55, np.array([0, 0.6, 0, -0.6, 0, -0.6, 0, 0.6])  # m, rad
 SUBSTEPS, CONTROL_STEP = 3, 0.05  # simulation steps in a control step, s
-QPOS, QVEL = 15, 14  # position (3), quaternion (4), joints (8); velocity (3), angular velocity (3), joint velocities (8)
-OBSERVATION, ACTION = 31, 8  # numbers of an observation without its 2·N for the objects, torques
+QPOS, QVEL = 15, 14  # position 3, quaternion 4, joints 8; velocity 3, angular velocity 3, joint velocities 8
+OBSERVATION, ACTION = 31, 8  # numbers of an observation without its 2N for the objects, torques
 
-
+# differs from the paper: implicitfast with three steps of 1/60 s instead of (probably) the stock RK4: faster.
+MODEL = mujoco.MjModel.from_xml_path(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"))
+MODEL.opt.integrator, MODEL.opt.timestep = mujoco.mjtIntegrator.mjINT_IMPLICITFAST, CONTROL_STEP / SUBSTEPS
 mujoco.set_mju_user_warning(lambda message: None)  # a broken simulation is reported as the reason why its game ended
 
-
-def load_model():
-    """gymnasium's ant.xml with a faster integrator."""
-    # differs from the paper: implicitfast with three steps of 1/60 s instead of (probably) the stock RK4, several times as fast.
-    model = mujoco.MjModel.from_xml_path(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"))
-    model.opt.integrator, model.opt.timestep = mujoco.mjtIntegrator.mjINT_IMPLICITFAST, CONTROL_STEP / SUBSTEPS
-    return model
-
-
-# ------------------------------------------------------------------------------------------------------------- simulation
+# ------------------------------------------------------------------------------------------------- simulation
 
 class Simulation:
-    """n ants side by side. Each ant's whole simulation state is a row of `state`; a few MjData, one a thread, step all of them
-    (`mj_step` releases the interpreter lock, so threads really run at the same time)."""
-    SPEC = (mujoco.mjtState.mjSTATE_TIME | mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL
-            | mujoco.mjtState.mjSTATE_WARMSTART | mujoco.mjtState.mjSTATE_CTRL)
-    model, threads = load_model(), os.cpu_count()
+    """n ants side by side. `state` [n, 30] is all that their future depends on: time, qpos 15, qvel 14.
+    All share MuJoCo's `Rollout`, a pool of threads; a copy or pickle of a simulation is just its state."""
+    model, threads, lock = MODEL, os.cpu_count(), threading.Lock()
+    # Properties, because a stored view would not follow the state into a copy.
+    qpos = property(lambda self: self.state[:, 1:1 + QPOS])
+    qvel = property(lambda self: self.state[:, 1 + QPOS:])
 
     def __init__(self, n):
-        self.state = np.zeros((n, mujoco.mj_stateSize(self.model, self.SPEC)))
-        self.qpos, self.qvel = self.state[:, 1:1 + QPOS], self.state[:, 1 + QPOS:1 + QPOS + QVEL]  # views
-        self.ctrl = self.state[:, -ACTION:]
-        self.data = [mujoco.MjData(self.model) for _ in range(min(self.threads, n))]
-        self.workers = ThreadPoolExecutor(len(self.data))
+        self.state = np.zeros((n, 1 + QPOS + QVEL))
+
+    @staticmethod
+    @functools.cache
+    def pool(threads, process):
+        """The pool and an MjData for each thread. A forked process needs its own: threads are not forked."""
+        return Rollout(nthread=threads), [mujoco.MjData(Simulation.model) for _ in range(threads)]
 
     def put(self, ants, qpos, qvel):
         """Starts the ants (any index) anew from qpos [m, 15], qvel [m, 14]."""
@@ -74,23 +68,19 @@ class Simulation:
         self.qpos[ants], self.qvel[ants] = qpos, qvel
 
     def step(self, torques, ants):
-        """Steps the ants with the indices `ants` [m] under torques [m, 8]. Returns [m] bool: did MuJoCo complain (NaN, divergence)?"""
-        self.ctrl[ants] = torques
-        broken = np.zeros(len(self.state), dtype=bool)
-
-        def work(data, part):
-            for i in part:
-                mujoco.mj_setState(self.model, data, self.state[i], self.SPEC)
-                mujoco.mj_step(self.model, data, SUBSTEPS)
-                mujoco.mj_getState(self.model, data, self.state[i], self.SPEC)
-                if data.warning.number.any():
-                    broken[i] = True
-                    mujoco.mj_resetData(self.model, data)
-
-        many = len(self.data)
-        at_once = self.workers.map if many > 1 else map
-        list(at_once(work, self.data, [ants[k::many] for k in range(many)]))
-        return broken[ants]
+        """One control step of the ants with indices `ants` [m] under torques [m, 8]. Returns [m] bool: did the simulation
+        break down (NaN, divergence)? Such an ant stays as it was."""
+        if len(ants) == 0:
+            return np.zeros(0, dtype=bool)  # MuJoCo crashes on an empty batch
+        before = self.state[ants]
+        with self.lock:  # two Python threads in the pool at once would wait for each other forever
+            pool, data = self.pool(self.threads, os.getpid())
+            states, _ = pool.rollout(self.model, data, before, torques[:, None], nstep=SUBSTEPS)  # [m, 3, 30]
+        after = states[:, -1]
+        # After a warning MuJoCo leaves out the remaining substeps or starts again at time 0: the clock tells.
+        healthy = (after[:, 0] - before[:, 0] > 0.9 * CONTROL_STEP) & np.isfinite(after).all(1)
+        self.state[ants[healthy]] = after[healthy]
+        return ~healthy
 
 
 def rotation(quaternion):
@@ -102,19 +92,18 @@ def rotation(quaternion):
                   stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1)], -2)
 
 
-# ---------------------------------------------------------------------------------------------------------- cells, layouts
-
 def centres(cells, size):
     """World coordinates of the centres of cells: [...] → [..., 2] float64 m"""
     cells = np.asarray(cells)
-    return np.stack([cells % size - (size - 1) / 2, (size - 1) / 2 - cells // size], -1) * CELL
+    return np.stack([cells % size - (size - 1) / 2, (size - 1) / 2 - cells // size], -1)
 
 
 def cells_at(xy, size):
     """xy [..., 2] → (cell [...], inside the arena [...] bool). Outside, the nearest cell."""
-    column, row = np.floor(xy[..., 0] / CELL + size / 2), np.floor(size / 2 - xy[..., 1] / CELL)
+    column, row = np.floor(xy[..., 0] + size / 2), np.floor(size / 2 - xy[..., 1])
     inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
-    return np.nan_to_num(row).clip(0, size - 1).astype(np.int64) * size + np.nan_to_num(column).clip(0, size - 1).astype(np.int64), inside
+    column, row = (np.nan_to_num(x).clip(0, size - 1).astype(np.int64) for x in (column, row))
+    return row * size + column, inside
 
 
 @dataclass
@@ -122,9 +111,6 @@ class Layouts(gridworld.Layouts):
     """A grid layout and the ant's pose in it: qpos [B, 15], qvel [B, 14] float64."""
     qpos: torch.Tensor
     qvel: torch.Tensor
-
-    def __getitem__(self, index):
-        return Layouts(self.agent[index], self.colours[index], self.walls[index], self.qpos[index], self.qvel[index])
 
 
 def on_cpu(generator):
@@ -135,15 +121,15 @@ def on_cpu(generator):
 
 
 def with_pose(layouts, size, generator):
-    """Puts an ant anywhere into each layout's agent cell, at any yaw, joints within ±0.1 of START_JOINTS and velocities within ±0.1 (App. A.2)."""
+    """An ant anywhere in each agent's cell, at any yaw, joints (around START_JOINTS) and velocities in ±0.1 (App. A.2)."""
     n = len(layouts)
     uniform = lambda *shape: torch.rand(n, *shape, generator=generator, dtype=torch.float64) * 2 - 1
     qpos, qvel, yaw = torch.zeros(n, QPOS, dtype=torch.float64), 0.1 * uniform(QVEL), math.pi * uniform()
-    qpos[:, :2] = torch.from_numpy(centres(layouts.agent, size)) + uniform(2) * CELL / 2
+    qpos[:, :2] = torch.from_numpy(centres(layouts.agent, size)) + uniform(2) / 2
     qpos[:, 2] = START_HEIGHT
     qpos[:, 3], qpos[:, 6] = (yaw / 2).cos(), (yaw / 2).sin()
     qpos[:, 7:] = torch.from_numpy(START_JOINTS) + 0.1 * uniform(8)
-    return Layouts(layouts.agent, layouts.colours, layouts.walls, qpos, qvel)
+    return Layouts(*vars(layouts).values(), qpos, qvel)
 
 
 def draw_layouts(n, size, colours, walls, generator):
@@ -151,24 +137,15 @@ def draw_layouts(n, size, colours, walls, generator):
     generator = on_cpu(generator)
     return with_pose(gridworld.draw_layouts(n, size, colours, walls, generator), size, generator)
 
-
-# ------------------------------------------------------------------------------------------------------------------ rules
-
-def symlog(x):
-    """sign(x) · ln(1 + |x|): squeezes velocities into a small range."""
-    return np.sign(x) * np.log1p(np.abs(x))
-
+# ------------------------------------------------------------------------------------------------------ rules
 
 class Game(gridworld.Game):
-    """B games of gridworld-pinpad walked by ants. State as in `gridworld.Game`, plus the simulation and `failure` [B], an index
-    into FAILURES that says what else ended a game."""
+    """B games of gridworld-pinpad walked by ants. State as in `gridworld.Game`, plus the simulation and `failure` [B],
+    an index into FAILURES that says what else ended a game."""
     FAILURES = ["", "wall", "outside", "fallen", "simulation"]
 
     def __init__(self, layouts, size, tasks, max_steps):
-        self.size = size
-        self.objects = centres(layouts.objects, size)  # [B, N, 2]
-        self.is_wall = np.zeros((len(layouts), size * size), dtype=bool)
-        np.put_along_axis(self.is_wall, layouts.walls.numpy(), True, 1)
+        self.size, self.objects = size, centres(layouts.objects, size)  # [B, N, 2]
         self.simulation, self.failure = Simulation(len(layouts)), torch.zeros_like(layouts.agent)
         super().__init__(layouts, size, tasks, max_steps)
 
@@ -179,64 +156,54 @@ class Game(gridworld.Game):
         self.simulation.put(again.numpy(), self.layouts.qpos[again].numpy(), self.layouts.qvel[again].numpy())
 
     def step(self, torques):
-        """torques [B, 8] in −1 … 1, tensor or array → reward, terminated, truncated, each [B]. Finished games stay as they are."""
+        """torques [B, 8] in −1 … 1 → reward, terminated, truncated, each [B]. Finished games stay as they are."""
         running = (~self.done).numpy().nonzero()[0]
         torques = np.asarray(torques, dtype=np.float64)[running]
         broken = self.simulation.step(torques, running)
         qpos = self.simulation.qpos[running]
-        broken |= ~np.isfinite(qpos).all(1)
         cell, inside = cells_at(qpos[:, :2], self.size)
         standing = (qpos[:, 2] >= HEALTHY[0]) & (qpos[:, 2] <= HEALTHY[1])
-        failure = np.select([broken, ~inside, ~standing, self.is_wall[running, cell]], [4, 2, 3, 1])
-        self.failure[running] = torch.from_numpy(failure)
+        failures = [broken, ~inside, ~standing, self.is_wall.numpy()[running, cell]]
+        self.failure[running] = torch.from_numpy(np.select(failures, [4, 2, 3, 1]))
         to = self.agent.clone()
         to[running] = torch.from_numpy(cell)
         return self.enter(to, self.failure > 0)
 
     def reason(self, game):
         """Why this game ended: "solved", "wrong colour", "time", one of FAILURES, or "" while it runs."""
-        if self.failure[game]:
-            return self.FAILURES[self.failure[game]]
-        if self.stage[game] == self.goal:
-            return "solved"
-        return "" if not self.done[game] else "wrong colour" if self.terminated[game] else "time"
+        ended = "solved" if self.visits[game] == self.goal else "wrong colour" if self.terminated[game] else "time"
+        return self.FAILURES[self.failure[game]] or (ended if self.done[game] else "")
 
     def observation(self, games=slice(None)):
-        """What the ant sees (App. A.2), float32 [B, 31 + 2N]: height, quaternion 4, joints 8, symlog velocities 14, position ÷ half
-        the arena 2, position within its cell ÷ half a cell 2, centres of the objects relative to the torso ÷ the arena 2N."""
-        qpos, qvel = self.simulation.qpos[games], self.simulation.qvel[games]
-        return observe(qpos, qvel, self.objects[games], self.size)
+        """What the ant sees (App. A.2), float32 [B, D]: height, quaternion 4, joints 8, symlog velocities 14, position ÷
+        half the arena 2, within its cell ÷ half a cell 2, objects relative to the torso ÷ the arena 2N."""
+        qpos, qvel, objects = self.simulation.qpos[games], self.simulation.qvel[games], self.objects[games]
+        xy = qpos[:, :2]
+        local = xy - centres(cells_at(xy, self.size)[0], self.size)
+        relative = ((objects - xy[:, None]) / self.size).reshape(len(xy), -1)
+        symlog = np.sign(qvel) * np.log1p(np.abs(qvel))  # squeezes velocities into a small range
+        parts = [qpos[:, 2:], symlog, xy / (self.size / 2), local / 0.5, relative]
+        return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
 
-
-def observe(qpos, qvel, objects, size):
-    """qpos [..., 15], qvel [..., 14], objects' centres [..., N, 2] → observation [..., 31 + 2N] float32"""
-    xy = qpos[..., :2]
-    local = xy - centres(cells_at(xy, size)[0], size)
-    relative = (objects - xy[..., None, :]) / (size * CELL)
-    parts = [qpos[..., 2:], symlog(qvel), xy / (size * CELL / 2), local / (CELL / 2), relative.reshape(*relative.shape[:-2], -1)]
-    return torch.from_numpy(np.concatenate(parts, -1).astype(np.float32))
-
-
-# ----------------------------------------------------------------------------------------------------------------- expert
+# ----------------------------------------------------------------------------------------------------- expert
 
 # A tuned gait: amplitudes (rad), gains and phases of `gait`.
-A, L, R, E0, PUSH, B = 0.3543833218109272, 0.4346279606689153, 0.3936868640818661, 0.9956662862012898, -0.022390528330828607, 0.15692298191644066
-KPH, KDH, KPA, KDA = 0.8679102000250551, 0.14148226524349455, 1.4343309358236014, 0.14008687066079573  # of the joints' controllers
+A, L, R, B = 0.3543833218109272, 0.4346279606689153, 0.3936868640818661, 0.15692298191644066
+E0, PUSH, C4 = 0.9956662862012898, -0.022390528330828607, -0.014611636629120493
+KPH, KDH, KPA, KDA = 0.8679102000250551, 0.14148226524349455, 1.4343309358236014, 0.14008687066079573  # of the joints
 LEAD, HLAG, RLAG, WM = 1.5921951108318073, 1.8195569824356275, 0.5019263060870063, 20.833399417455738  # of the phases
-KTILT, KRATE, KYAW = -0.003976309398854643, -0.03140013251866837, 0.051210597376100155  # of the torso's tilt and rotation
-KVH, KVR, KC, KZ, KVZ = -0.06971521982722066, -0.12835208756254116, 0.31024166258475133, -0.06800820723360762, 0.01683455319105399  # its velocity, height
-C4 = -0.014611636629120493
+KTILT, KRATE, KYAW = -0.003976309398854643, -0.03140013251866837, 0.051210597376100155  # of tilt and rotation
+KVH, KVR, KC = -0.06971521982722066, -0.12835208756254116, 0.31024166258475133  # of the torso's velocity
+KZ, KVZ = -0.06800820723360762, 0.01683455319105399  # of its height
 AZIMUTH = np.radians([45, 135, 225, 315])  # of legs 1 … 4
 DIAGONAL, ANKLE = np.array([1, -1, 1, -1]), np.array([1, -1, -1, 1])  # sign of each diagonal pair; of an ankle's bending
 ACTUATORS = [6, 7, 0, 1, 2, 3, 4, 5]  # the joint that each torque drives
 
 
 def gait(qpos, qvel, heading):
-    """Torques that walk into the world direction `heading`, whatever the yaw: qpos [n, 15], qvel [n, 14], heading [n] → [n, 8].
-
-    A trot without a clock: its phase is read from the ankles, so it has no memory.
-    """
-    # differs from the paper: an analytic expert instead of one trained by PPO, because it is free and succeeds more often.
+    """Torques that walk into the world direction `heading`: qpos [n, 15], qvel [n, 14], heading [n] → [n, 8]. A trot
+    without a clock: its phase is read from the ankles, so it has no memory."""
+    # differs from the paper: an analytic expert instead of one trained by PPO: it is free and succeeds more often.
     matrix = rotation(qpos[:, 3:7])
     forward, spin = np.einsum("nij,ni->nj", matrix, qvel[:, :3]), qvel[:, 3:6]  # velocities in the body's frame
     up = matrix[:, 2]
@@ -257,233 +224,453 @@ def gait(qpos, qvel, heading):
     rate = spin[:, :1] * sin - spin[:, 1:2] * cos
     hip_goal = -A * across(aim) * np.cos(phase + HLAG) - KYAW * spin[:, 2:] + KVH * across(forward)
     lift = np.sin(phase) + B
-    ankle_goal = (E0 - L * lift.clip(0) + PUSH * (-lift).clip(0) + R * along(aim) * np.cos(phase + RLAG) - KTILT * along(up)
-                  - KRATE * rate - KVR * along(forward) + (KZ * (qpos[:, 2] - 0.6) + KVZ * qvel[:, 2])[:, None])
+    ankle_goal = (E0 - L * lift.clip(0) + PUSH * (-lift).clip(0) + R * along(aim) * np.cos(phase + RLAG)
+                  - KTILT * along(up) - KRATE * rate - KVR * along(forward)
+                  + (KZ * (qpos[:, 2] - 0.6) + KVZ * qvel[:, 2])[:, None])
     torque = np.empty((len(qpos), ACTION))
     torque[:, 0::2] = KPH * (hip_goal.clip(-0.6, 0.6) - hip) - KDH * hip_rate
     torque[:, 1::2] = ANKLE * (KPA * (ankle_goal.clip(0.45, 1.3) - ankle) - KDA * ankle_rate)
     return torque[:, ACTUATORS].clip(-1, 1)
 
 
-class Headings:
-    """The direction to walk to reach a colour: towards the centre of the next cell of a shortest path, the nearest if there are several."""
-
-    def __init__(self, layouts, size):
-        self.size = size
-        self.moves = gridworld.shortest_moves(layouts, size).numpy()  # [B, O, G², 4]
-        self.next = centres(gridworld.neighbours(size), size)  # [G², 4, 2]
-
-    def __call__(self, xy, target, rows):
-        """xy [n, 2], target colour [n], rows [n] of the layouts → [n] rad"""
-        cell, _ = cells_at(xy, self.size)
-        offset = self.next[cell] - xy[:, None]  # [n, 4, 2]
-        distance = np.where(self.moves[rows, target, cell], np.linalg.norm(offset, axis=-1), np.inf)
-        best = offset[np.arange(len(xy)), distance.argmin(1)]
-        return np.arctan2(best[:, 1], best[:, 0])
+def headings(xy, moves, size):
+    """Towards the nearest next cell on a shortest path: xy [n, 2], moves [n, G², 4] that start one → [n] rad"""
+    cell, rows = cells_at(xy, size)[0], np.arange(len(xy))
+    offset = centres(gridworld.neighbours(size), size)[cell] - xy[:, None]  # [n, 4, 2]
+    distance = np.where(moves[rows, cell], np.linalg.norm(offset, axis=-1), np.inf)
+    best = offset[rows, distance.argmin(1)]
+    return np.arctan2(best[:, 1], best[:, 0])
 
 
-BURST = 8  # steps
-
-
-def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0, bursts=0.0):
-    """The expert solves tasks [B, K] in B layouts, with Gaussian noise of standard deviation sigma on its torques. Some episodes fail.
-
-    With probability `bursts` a step it is made to walk into a random direction for the next 8 steps. The actions that are
-    returned are then still those that it would have taken, so they show how to come back.
-    """
-    # differs from the paper: bursts, because without them its motion tells so well what the expert does next that nothing else is learned.
-    game, headings, generator = Game(layouts, size, tasks, max_steps), Headings(layouts, size), on_cpu(generator)
-    simulation, target_of = game.simulation, game.tasks.view(len(layouts), -1).numpy()
+def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0, bursts=0.0, subgoal_size=1):
+    """The expert solves tasks [B, K] in B layouts, with Gaussian noise of deviation sigma on its torques. Some episodes
+    fail. With probability `bursts` a step it is pushed into a random direction for 8 steps. The actions that are returned
+    are then still those that it would have taken, so they show how to come back."""
+    # differs from the paper: bursts, because its motion alone tells so well what comes next that nothing else is learned.
+    game, generator = Game(layouts, size, tasks, max_steps), on_cpu(generator)
+    moves = gridworld.shortest_moves(layouts, size).numpy()  # [B, O, G², 4]
     action, observation = torch.zeros(len(layouts), ACTION), game.observation()
     burst_left, burst_heading = np.zeros(len(layouts), dtype=int), np.zeros(len(layouts))
-    actions, observations, stages = [], [observation], []
+    actions, observations, subgoals = [], [observation], []
     while not game.done.all():
-        rows = (~game.done).numpy().nonzero()[0]
-        qpos, qvel = simulation.qpos[rows], simulation.qvel[rows]
-        torques = gait(qpos, qvel, headings(qpos[:, :2], target_of[rows, game.stage[rows]], rows))
-        noise = torch.randn(len(rows), ACTION, generator=generator, dtype=torch.float64).numpy()
+        rows, target = (~game.done).numpy().nonzero()[0], game.target()
+        qpos, qvel = game.simulation.qpos[rows], game.simulation.qvel[rows]
+        noise = sigma * torch.randn(len(rows), ACTION, generator=generator, dtype=torch.float64).numpy()
+        heading = headings(qpos[:, :2], moves[rows, target[rows].numpy()], size)
+        torques = (gait(qpos, qvel, heading) + noise).clip(-1, 1)
         action, observation = action.clone(), observation.clone()
-        action[rows] = torch.from_numpy((torques + sigma * noise).clip(-1, 1)).float()
-        stages.append(game.stage)
+        action[rows] = torch.from_numpy(torques).float()
+        subgoals.append(target // subgoal_size)
         actions.append(action)
-        done = action.numpy().copy()
         if bursts > 0:
             chance, direction = torch.rand(2, len(rows), generator=generator, dtype=torch.float64).numpy()
             starts = (chance < bursts) & (burst_left[rows] == 0)
-            burst_left[rows[starts]], burst_heading[rows[starts]] = BURST, 2 * np.pi * direction[starts]
+            burst_left[rows[starts]], burst_heading[rows[starts]] = 8, 2 * np.pi * direction[starts]
             pushed = burst_left[rows] > 0
-            torques = gait(qpos[pushed], qvel[pushed], burst_heading[rows[pushed]])
-            done[rows[pushed]] = (torques + sigma * noise[pushed]).clip(-1, 1)
+            push = gait(qpos[pushed], qvel[pushed], burst_heading[rows[pushed]])
+            torques[pushed] = (push + noise[pushed]).clip(-1, 1)
             burst_left[rows[pushed]] -= 1
+        done = action.clone()
+        done[rows] = torch.from_numpy(torques).float()
         game.step(done)
         observation[rows] = game.observation(rows)
         observations.append(observation)
-    return gridworld.Paths(torch.stack(observations, 1), torch.stack(actions, 1), torch.stack(stages, 1), game.steps, game.stage == game.goal)
+    observation, action, subgoal = (torch.stack(steps, 1) for steps in (observations, actions, subgoals))
+    return gridworld.Trajectories(observation, action, game.steps, game.success(), subgoal)
 
-
-# --------------------------------------------------------------------------------------------------------------- symmetry
-
-LEGS = [2, 3, 0, 1, 6, 7, 4, 5]  # joints of the leg that a reflection x → −x puts in a joint's place
-
-
-def reflected(observation, action):
-    """The world seen in a mirror, x → −x: left legs become right legs, and turns change their sense. [..., 31 + 2N], [..., 8]"""
-    joints = lambda x: -x[..., LEGS]
-    signs = lambda *s: torch.tensor(s, dtype=observation.dtype, device=observation.device)
-    flip = signs(-1, 1)
-    parts = [observation[..., :1], observation[..., 1:5] * signs(1, 1, -1, -1), joints(observation[..., 5:13]),
-             observation[..., 13:19] * signs(-1, 1, 1, 1, -1, -1), joints(observation[..., 19:27]),
-             observation[..., 27:] * flip.repeat((observation.shape[-1] - 27) // 2)]
-    return torch.cat(parts, -1), joints(action[..., np.argsort(ACTUATORS)])[..., ACTUATORS]
-
-
-def turned(observation, action):
-    """The world turned by a quarter, x → y, y → −x. The ant itself, its joints and torques, is the same. [..., 31 + 2N], [..., 8]"""
-    quarter = lambda v: torch.stack([-v[..., 1::2], v[..., 0::2]], -1).flatten(-2)  # (x, y) → (−y, x) for each pair
-    w, x, y, z = (observation[..., i] for i in range(1, 5))
-    quaternion = torch.stack([w - z, x - y, y + x, z + w], -1) / math.sqrt(2)
-    parts = [observation[..., :1], quaternion, observation[..., 5:13], quarter(observation[..., 13:15]), observation[..., 15:27],
-             quarter(observation[..., 27:])]
-    return torch.cat(parts, -1), action
-
-
-def renumbered(observation, action):
-    """The same world and ant with its legs counted from the next one on, so that the body's frame is turned by a quarter. [..., 31 + 2N], [..., 8]"""
-    sign = torch.tensor(np.stack([np.ones(4), ANKLE * np.roll(ANKLE, -1)], 1).ravel(), dtype=observation.dtype, device=observation.device)
-    joints = lambda x: sign * x.roll(-2, -1)  # hip and ankle of each leg
-    w, x, y, z = (observation[..., i] for i in range(1, 5))
-    quaternion = torch.stack([w - z, x + y, y - x, z + w], -1) / math.sqrt(2)
-    spin = torch.stack([observation[..., 17], -observation[..., 16], observation[..., 18]], -1)
-    parts = [observation[..., :1], quaternion, joints(observation[..., 5:13]), observation[..., 13:16], spin, joints(observation[..., 19:27]),
-             observation[..., 27:]]
-    return torch.cat(parts, -1), joints(action[..., np.argsort(ACTUATORS)])[..., ACTUATORS]
-
+# --------------------------------------------------------------------------------------------------- symmetry
 
 SYMMETRIES = 32
 
 
+def symmetry(quaternion, spin, pair, joints):
+    """A map of observations [..., D] and torques [..., 8], from what becomes of the quaternion (w, x, y, z), the angular
+    velocity (x, y, z), every pair (x, y) of world coordinates and the joints [..., 8]."""
+    each = lambda change, x: torch.stack(change(*x.unbind(-1)), -1)
+
+    def image(observation, action):
+        body, places = observation[..., :27], observation[..., 27:].unflatten(-1, (-1, 2))
+        parts = [body[..., :1], each(quaternion, body[..., 1:5]), joints(body[..., 5:13]), each(pair, body[..., 13:15]),
+                 body[..., 15:16], each(spin, body[..., 16:19]), joints(body[..., 19:]), each(pair, places).flatten(-2)]
+        return torch.cat(parts, -1), joints(action[..., np.argsort(ACTUATORS)])[..., ACTUATORS]
+
+    return image
+
+
+# The world seen in a mirror, x → −x: left legs become right legs, and turns change their sense.
+LEGS = [2, 3, 0, 1, 6, 7, 4, 5]  # joints of the leg that this puts in a joint's place
+reflected = symmetry(lambda w, x, y, z: (w, x, -y, -z), lambda x, y, z: (x, -y, -z), lambda x, y: (-x, y),
+                     lambda joints: -joints[..., LEGS])
+# The world turned by a quarter, x → y, y → −x. The ant itself, its joints and torques, is the same.
+turned = symmetry(lambda w, x, y, z: [q / math.sqrt(2) for q in (w - z, x - y, y + x, z + w)],
+                  lambda x, y, z: (x, y, z), lambda x, y: (-y, x), lambda joints: joints)
+# The same world and ant, its legs counted from the next one on: the body's frame is turned by a quarter.
+SIGNS = torch.from_numpy(np.stack([np.ones(4), ANKLE * np.roll(ANKLE, -1)], 1).ravel()).float()
+renumbered = symmetry(lambda w, x, y, z: [q / math.sqrt(2) for q in (w - z, x + y, y - x, z + w)],
+                      lambda x, y, z: (y, -x, z), lambda x, y: (x, y), lambda joints: SIGNS * joints.roll(-2, -1))
+
+
 @functools.cache
 def symmetries(objects):
-    """The 8 rotations and reflections of the arena, each with the ant's legs counted from any of the four, as linear maps of
-    observations [32, 31 + 2N, 31 + 2N] and torques [32, 8, 8]: image = map @ original. The simulation itself has these symmetries (a test checks that)."""
-    maps = []
-    for reflect in (False, True):
-        world = torch.eye(OBSERVATION + 2 * objects), torch.eye(ACTION)
-        if reflect:
-            world = reflected(*world)
+    """The 8 rotations and reflections of the arena, each with the legs counted from any of the four, as linear maps of
+    observations [32, D, D] and torques [32, 8, 8]: image = map @ original. MuJoCo has these symmetries, too."""
+    start, maps = (torch.eye(OBSERVATION + 2 * objects), torch.eye(ACTION)), []
+    for world in (start, reflected(*start)):
         for _ in range(4):
-            image = world
             for _ in range(4):
-                maps.append(image)
-                image = renumbered(*image)
-            world = turned(*world)
+                maps.append(world)
+                world = renumbered(*world)
+            world = turned(*maps[-4])
     return tuple(torch.stack(each).transpose(1, 2) for each in zip(*maps))
 
 
 def mirror(observation, action, k, size):
-    """Each episode in the image k [B] in 0 … 31 of its world: observation [B, T, D], action [B, T, 8] → the same shapes"""
+    """Each episode in the image k [B] of its world: observation [B, T, D], action [B, T, 8] → the same shapes"""
     observations, actions = (x.to(observation.device) for x in symmetries((observation.shape[-1] - OBSERVATION) // 2))
     return observation @ observations[k].transpose(1, 2), action @ actions[k].transpose(1, 2)
 
-
-# ------------------------------------------------------------------------------------------------------------ data on disk
-
-SHARD = 2000  # episodes in a file
-
-
-def expert_data(folder, shards, settings, make):
-    """Expert episodes kept in `folder`, a file for each of `shards` sets of them; those that are missing are made first.
-
-    make(i) → {name: array} of shard i. A list with one such dictionary a shard is returned. Files of other `settings` (a
-    dictionary) or damaged ones raise ValueError.
-    """
-    wanted, parts, started = json.dumps(settings, sort_keys=True), [], time.time()
-    for i in range(shards):
-        path = Path(folder) / f"{i:03}.npz"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
-                np.savez(file, settings=wanted, **make(i))
-            os.replace(temporary, path)
-            print(f"data: {path} written, {i + 1} of {shards}, {time.time() - started:.0f} s", flush=True)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found, part = str(file["settings"]), {name: file[name] for name in file.files if name != "settings"}
-        except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-            raise ValueError(f"{path} cannot be read ({type(error).__name__}); delete it to make it again") from None
-        if found != wanted:
-            theirs = json.loads(found)
-            name = next(name for name in sorted({*theirs, *settings}) if theirs.get(name) != settings.get(name))
-            raise ValueError(f"{path} was made with {name}={theirs.get(name)}, not {settings.get(name)}; delete it or choose another folder")
-        parts.append(part)
-    return parts
-
-
-# ----------------------------------------------------------------------------------------------------------- model inputs
 
 FEATURES = 40  # numbers of `body_features`
 
 
 def places(observation, size):
-    """Cells of the objects and of the agent, read off observations: [..., 31 + 2N] → [..., N + 1]"""
-    half = size / 2
-    own = (observation[..., 27:29] * half).div(CELL).add(half).floor().clamp(0, size - 1)  # (column, row from below)
-    offset = (observation[..., 31:].unflatten(-1, (-1, 2)) * size + observation[..., None, 29:31] / 2).round()  # in cells
-    column_row = torch.cat([own[..., None, :] + offset, own[..., None, :]], -2).clamp(0, size - 1)  # [..., N+1, 2]
+    """Cells of the objects and of the agent, read off observations: [..., D] → [..., N+1]"""
+    own = (observation[..., 27:29] * (size / 2) + size / 2).floor().clamp(0, size - 1)  # (column, row from below)
+    offset = observation[..., 31:].unflatten(-1, (-1, 2)) * size + observation[..., None, 29:31] / 2  # in cells
+    column_row = torch.cat([own[..., None, :] + offset.round(), own[..., None, :]], -2).clamp(0, size - 1)  # [..., N+1, 2]
     return ((size - 1 - column_row[..., 1]) * size + column_row[..., 0]).long()
 
 
 def body_features(observation, size):
-    """The ant's body in its own frame: height 1, rotation 9, joints 8, symlog velocities 14, and the directions from the torso to
-    the centres of the four neighbouring cells 8: [..., 31 + 2N] → [..., 40]"""
+    """The ant's body in its own frame: height 1, rotation 9, joints 8, symlog velocities 14, and the directions to the
+    centres of the four neighbouring cells 8: [..., D] → [..., 40]"""
     matrix = rotation(observation[..., 1:5])  # [..., 3, 3]
     world = observation[..., 13:16].sign() * observation[..., 13:16].abs().expm1()
     forward = (matrix.transpose(-1, -2) @ world[..., None])[..., 0]
-    neighbours = torch.tensor([[0., 1], [0, -1], [-1, 0], [1, 0]], device=observation.device) - observation[..., None, 29:31] / 2  # up, down, left, right
-    yaw = torch.nn.functional.normalize(matrix[..., :2, 0], dim=-1)  # (cos, sin)
+    centre = torch.tensor([[0., 1], [0, -1], [-1, 0], [1, 0]], device=observation.device)  # up, down, left, right
+    offset = centre - observation[..., None, 29:31] / 2  # [..., 4, 2]
+    yaw = F.normalize(matrix[..., None, :2, 0], dim=-1)  # [..., 1, 2] (cos, sin)
     across = torch.stack([-yaw[..., 1], yaw[..., 0]], -1)
-    seen = torch.nn.functional.normalize(torch.stack([(neighbours * yaw[..., None, :]).sum(-1), (neighbours * across[..., None, :]).sum(-1)], -1), dim=-1)
-    return torch.cat([observation[..., :1], matrix.flatten(-2), observation[..., 5:13], forward.sign() * forward.abs().log1p(),
-                      observation[..., 16:27], seen.flatten(-2)], -1)
+    seen = F.normalize(torch.stack([(offset * yaw).sum(-1), (offset * across).sum(-1)], -1), dim=-1)
+    return torch.cat([observation[..., :1], matrix.flatten(-2), observation[..., 5:13],
+                      forward.sign() * forward.abs().log1p(), observation[..., 16:27], seen.flatten(-2)], -1)
+
+# ------------------------------------------------------------------------- the world that internal_rl.py sees
+
+def parallel_scan(a, b, chunk=16):
+    """h_t = a_t h_{t−1} + b_t, h_0 = 0: a, b [B, T, C] → h [B, T, C]. Within all chunks at once, then chunk by chunk."""
+    batch, time, width = b.shape
+    extra = -time % chunk
+    reach, h = (F.pad(x, (0, 0, 0, extra)).view(batch, -1, chunk, width) for x in (a, b))  # copies [B, T/16, 16, C]
+    for t in range(1, chunk):
+        h[:, :, t].addcmul_(reach[:, :, t], h[:, :, t - 1])
+        reach[:, :, t].mul_(reach[:, :, t - 1])  # a_1 … a_t: what is left of the chunk before
+    for n in range(1, h.shape[1]):
+        h[:, n].addcmul_(reach[:, n], h[:, n - 1, -1:])
+    return h.view(batch, -1, width)[:, :time]
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawing
+class LinearRecurrence(torch.autograd.Function):
+    """`parallel_scan` with a gradient that is a scan, too: the same recurrence run backwards in time."""
+
+    @staticmethod
+    def forward(context, a, b):
+        h = parallel_scan(a, b)
+        context.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(context, gradient):
+        a, h = context.saved_tensors
+        later = F.pad(a[:, 1:], (0, 0, 0, 1))  # a_{t+1}
+        g = parallel_scan(later.flip(1), gradient.flip(1)).flip(1)  # g_t = gradient_t + a_{t+1} g_{t+1}
+        return g * F.pad(h[:, :-1], (0, 0, 1, 0)), g
+
+
+class Block(nn.Module):
+    """Hawk: the pre-norm recurrent block of the ant's base model (App. D.1, Table A15), a short causal convolution and a
+    real-gated linear recurrent unit, multiplied by a gated branch, then an MLP."""
+    WINDOW = 4  # of the convolution
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.branches, self.mix = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.convolution = nn.Conv1d(width, width, self.WINDOW, groups=width)
+        gates = torch.randn(heads, width // heads, 2 * width // heads) * (heads / width) ** 0.5
+        self.gates = nn.Parameter(gates)  # block-diagonal
+        self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * width // heads))
+        decay = torch.linspace(0.9, 0.999, width)  # of a full gate in a step, exp(−8 softplus(Λ))
+        self.decay = nn.Parameter((-decay.log() / 8).expm1().log())  # Λ
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, past=None):
+        """x [B, T, C] → ([B, T, C], (window, h)). `past`: last inputs [B, 3, C], state h [B, C]"""
+        batch, time, width = x.shape
+        gate, inner = self.branches(self.norm_1(x)).chunk(2, -1)
+        past = past or (inner.new_zeros(batch, self.WINDOW - 1, width), None)
+        inner = torch.cat([past[0], inner], 1)  # [B, 3+T, C]
+        window = inner[:, -(self.WINDOW - 1):]
+        inner = self.convolution(inner.transpose(1, 2)).transpose(1, 2)  # [B, T, C]
+        gates = torch.einsum("bthi,hij->bthj", inner.unflatten(-1, (len(self.gates), -1)), self.gates) + self.gate_bias
+        forget, use = (g.flatten(2).float().sigmoid() for g in gates.chunk(2, -1))  # each [B, T, C]
+        log_a = -8 * F.softplus(self.decay) * forget
+        a, b = log_a.exp(), (-torch.expm1(2 * log_a) + 1e-6).sqrt() * use * inner.float()
+        if past[1] is not None:
+            b = torch.cat([b[:, :1] + a[:, :1] * past[1][:, None], b[:, 1:]], 1)
+        h = LinearRecurrence.apply(a, b) if time > 1 else b
+        x = x + self.mix(F.gelu(gate, approximate="tanh") * h.to(gate.dtype))
+        return x + self.down(F.relu(self.up(self.norm_2(x)))), (window, h[:, -1])
+
+
+SETTINGS = {  # of this world alone: name → (default, help, lowest, highest value); of the base model's stage
+    "trajectories": (40_000, "expert episodes made for stage 1 (then a quarter), kept on disk; 0: fresh ones", 0, 10 ** 7),
+    "bursts": (0.01, "probability a step that the expert is pushed into a random direction for 8 steps", 0, 1),
+    "thin": (1 / 16, "share of the steps within a cell to train on, rises to 1 in pretrain and discover", 1e-6, 1),
+    "next_cell": (4.0, "weight of predicting, on entering a cell, which way the next cell lies", 0, 1000),
+}
+ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3)
+# differs from the paper: λ = 1 (there 10), control of rank 16 (a full matrix), after block 1 of 4 (the middle one).
+QUICK = dict(
+    ANT, next_obs=1.0, pretrain_steps=8000, control_layer=1, steer_steps=2400, read_embedding=True, swap=True,
+    candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=102_400, rl_batch=512, std_start=2.0)
+PRESETS = {
+    "quick": QUICK,
+    "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
+        trajectories=64, max_steps=150, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
+        audition_steps=8, discover_steps=16, discover_batch=8, rl_episodes=64, rl_batch=32)},
+    # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
+    "paper": dict(
+        ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
+        layers=8, heads=8, pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, cosine=False, probe_steps=8000,
+        probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, candidates=1, audition_steps=0, discover_steps=32_000,
+        discover_batch=128, discover_lr=3e-4, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0,
+        rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_start=1.0, std_end=1.0),
+}
+RAW = "raw-action"  # what RL on the model's own actions is called
+LOOK = dict(trajectories=256, layouts=16, film=(4, 10))  # how much is looked at; see internal_rl.py
+EXPECT = dict(  # medians of three seeds of the quick preset
+    gap="1.4", probe_best="0.42", base_success="0", steer_success="0.59", gate_precision="0.99", gate_recall="1",
+    goal_accuracy="0.97", held_share="0.64", internal_success="0.42", switches_solved="4.5 to 6", raw_success="0")
+
+
+def check(config):
+    """Raises ValueError for settings that cannot work together in this world."""
+    gridworld.check(config)
+    if config.trajectories % (4 if config.trajectories <= SHARD else 4 * SHARD):
+        raise ValueError(f"trajectories {config.trajectories} is no multiple of {4 * SHARD} (up to {SHARD}: of 4)")
+
+
+def expert_batch(config, n, generator, noise=0.0):
+    """Those of n fresh expert trajectories that are solved (pushed, it fails in one of seven): D, or D* (noise = 0)."""
+    expert = functools.partial(expert_paths, bursts=config.bursts)
+    return gridworld.expert_batch(config, n, generator, noise, draw_layouts=draw_layouts, expert_paths=expert)
+
+
+SHARD = 2000  # episodes in a file
+
+
+def expert_data(folder, shards, settings, make):
+    """Expert episodes kept in `folder`, in as many files as shards: [{name: array}]. make(i) makes a missing one. Damaged
+    files and those of other `settings` (a dictionary) raise ValueError."""
+    parts, started = [], time.time()
+    for i in range(shards):
+        path = Path(folder) / f"{i:03}.npz"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".part.npz")
+            np.savez(temporary, settings=json.dumps(settings, sort_keys=True), **make(i))
+            os.replace(temporary, path)
+            print(f"data: {path} written, {i + 1} of {shards}, {time.time() - started:.0f} s", flush=True)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                part = dict(file)
+            found = json.loads(str(part.pop("settings")))
+        except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+            raise ValueError(f"{path} cannot be read ({type(error).__name__}); delete it to make it again") from None
+        for name in sorted({*found, *settings}):
+            if found.get(name) != settings.get(name):
+                raise ValueError(f"{path} was made with {name}={found.get(name)}, not {settings.get(name)}; delete it")
+        parts.append(part)
+    return parts
+
+
+class StoredEpisodes:
+    """Expert trajectories kept on disk, in memory end to end: observation, action, subgoal, each [M, …], and length."""
+
+    def __init__(self, config, noise, folder):
+        count = config.trajectories if noise else config.trajectories // 4
+        names = ("world", "seed", "size", "colours", "walls", "max_steps", "subgoals", "bursts")
+        settings = dict(((name, getattr(config, name)) for name in names), noise=noise, episodes=min(SHARD, count))
+
+        def make(i):
+            generator = torch.Generator().manual_seed(10_000 * (config.seed + 1) + (1000 if noise else 2000) + i)
+            batch = expert_batch(config, settings["episodes"], generator, noise)
+            kept = F.pad(batch.valid, (1, 0), value=True)  # [B, T+1]: as many rows of everything as observations
+            action, subgoal = F.pad(batch.action, (0, 0, 0, 1)), F.pad(batch.subgoal, (0, 1))
+            return dict(observation=batch.observation[kept].half().numpy(), action=action[kept].half().numpy(),
+                        subgoal=subgoal[kept].byte().numpy(), length=batch.length.numpy())
+
+        folder = Path(folder) / f"{config.world}-s{config.seed}-noise{noise:g}"
+        shards = expert_data(folder, max(1, count // SHARD), settings, make)
+        vars(self).update({name: torch.from_numpy(np.concatenate([shard[name] for shard in shards])) for name in shards[0]})
+        self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
+
+    def draw(self, n, generator):
+        """n of them, each in a random one of its 32 images."""
+        # differs from the paper: as good as a fresh one, because the simulation and the expert have these symmetries.
+        rows = torch.randint(len(self.length), (n,), generator=generator, device=generator.device).cpu()
+        batch = self.pick(rows).to(generator.device)
+        k = torch.randint(SYMMETRIES, (n,), generator=generator, device=generator.device)
+        observation, action = mirror(batch.observation, batch.action, k, size=None)
+        return replace(batch, observation=observation, action=action)
+
+    def pick(self, rows):
+        """The trajectories `rows` [B]; beyond the end of a trajectory its last row is repeated."""
+        length = self.length[rows]
+        at = torch.minimum(torch.arange(int(length.max()) + 1), length[:, None]) + self.start[rows, None]  # [B, T+1]
+        return gridworld.Trajectories(self.observation[at].float(), self.action[at[:, :-1]].float(), length,
+                                      torch.ones(len(rows)), self.subgoal[at[:, :-1]].long())
+
+
+def source(config, noise, folder):
+    """Where training trajectories come from: a function (n, generator) → Trajectories. They are kept in `folder`."""
+    if config.trajectories == 0:
+        return lambda n, generator: expert_batch(config, n, generator, noise)
+    return StoredEpisodes(config, noise, folder).draw
+
+
+def entries(batch, size):
+    """At which steps has the torso just entered its cell? [B, T] bool"""
+    cell = places(batch.observation, size)[..., -1]  # [B, T+1]
+    return F.pad(cell[:, 1:-1] != cell[:, :-2], (1, 0), value=True) & batch.valid
+
+
+def ways(batch, size):
+    """Which way lies the cell that the torso enters next? [B, T] in 0 … 8: 3·(rows down + 1) + columns right + 1; 4: none"""
+    # differs from the paper: the next cell is predicted, too, because one control step hardly depends on the map.
+    cell = places(batch.observation, size)[..., -1]  # [B, T+1]
+    last = cell.shape[1] - 1  # T
+    change = torch.where(cell[:, 1:] != cell[:, :-1], torch.arange(1, last + 1, device=cell.device), last)  # [B, T]
+    here, following = cell[:, :-1], cell.gather(1, change.flip(1).cummin(1).values.flip(1))
+    down, right = following // size - here // size, following % size - here % size
+    return 3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1
+
+
+def thinned(config, batch, progress, generator):
+    """The steps to train on: those that enter a cell, and a random share of the others, from config.thin at progress 0
+    to all at 1 (None: none of them). What follows a step is then the next that was kept."""
+    # differs from the paper: only on entering a cell, every fifteen steps or so, does the motion not give the action away.
+    # On all steps at once a model learns to continue the motion and never to choose it.
+    if config.thin == 1:
+        return batch
+    share = 0 if progress is None else config.thin ** (1 - progress ** 3)
+    some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
+    kept = F.pad((entries(batch, config.size) | some) & batch.valid, (0, 1))  # [B, T+1]
+    count, steps = kept.sum(1), torch.arange(kept.shape[1], device=kept.device)
+    at = torch.where(kept, steps, batch.length[:, None]).sort(1).values  # kept steps, then the last observation
+    at, row = at[:, :int(count.max()) + 1], torch.arange(len(at), device=at.device)[:, None]
+    before = at[:, :-1].clamp(max=batch.action.shape[1] - 1)
+    return replace(batch, observation=batch.observation[row, at], action=batch.action[row, before], length=count,
+                   subgoal=batch.subgoal[row, before])
+
+
+def action_floor(config, n, generator):
+    """NLL of the best predictor that knows the task, nats per action: the entropy of the noise on the torques."""
+    return ACTION * (math.log(max(config.noise, 1e-3)) + 0.5 * math.log(2 * math.pi * math.e))
+
+
+class Embedding(nn.Module):
+    """Observation → e_{t,0}: where things lie, as on the grid, and a linear map of the body; or one of everything."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, egocentric = config.size, config.view == "egocentric"
+        self.cells = gridworld.Embedding(config) if egocentric else None
+        inputs = FEATURES if egocentric else OBSERVATION + 2 * (config.colours + config.walls)
+        self.body = nn.Linear(inputs, config.width)
+
+    def forward(self, observation):
+        """[B, T, D] → [B, T, C]"""
+        if self.cells is None:
+            return self.body(observation)
+        return self.cells(places(observation, self.size)) + self.body(body_features(observation, self.size))
+
+
+class Head(nn.Module):
+    """Last residual [..., C] → mean and ln σ of the torques [..., 16]; and what comes next, for Eq. 4."""
+    # differs from the paper: one learned spread for all states; else controllers gain on the noiseless D* by shrinking it.
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, self.next_cell = config.size, config.next_cell
+        self.mean = nn.Linear(config.width, ACTION)
+        self.log_sigma = nn.Parameter(torch.full((ACTION,), -1.5))
+        self.observation = nn.Linear(config.width, OBSERVATION + 2 * (config.colours + config.walls))
+        self.way = nn.Linear(config.width, 9)
+
+    def forward(self, last):
+        mean = self.mean(last)
+        return torch.cat([mean, self.log_sigma.to(mean.dtype).expand_as(mean)], -1)
+
+    def next_observation_loss(self, last, batch):
+        """−ln p(o_{t+1} | o_{1:t}) of unit variance, mean over steps, up to a constant: last [B, T, C] → scalar"""
+        error = self.observation(last)[batch.valid].float() - batch.observation[:, 1:][batch.valid]
+        return 0.5 * (error ** 2).sum(-1).mean()
+
+    def more_losses(self, last, batch):
+        """The next-cell loss, weighted: mean over the steps at which the ant enters a cell."""
+        if self.next_cell == 0:
+            return 0
+        entered = entries(batch, self.size)
+        return self.next_cell * F.cross_entropy(self.way(last)[entered].float(), ways(batch, self.size)[entered])
+
+
+def log_prob(out, torques):
+    """ln p(torques): mean and ln σ [..., 16], torques [..., 8] → [...]"""
+    mean, log_sigma = out.float().chunk(2, -1)
+    return (-0.5 * ((torques - mean) / log_sigma.exp()) ** 2 - log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def sample(out, generator):
+    """Torques from each distribution: [n, 16] → [n, 8]"""
+    mean, log_sigma = out.chunk(2, -1)
+    return mean + log_sigma.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+
+# ---------------------------------------------------------------------------------------------------- drawing
 
 def picture(observation, size, colours, pixels=64):
-    """The arena from above, drawn from one observation [31 + 2N] alone: RGB [size·pixels, size·pixels, 3] uint8, y upwards. The first
-    `colours` objects are coloured cells, the others walls; the ant is black with a white rim. Works without a screen or OpenGL."""
-    observation, arena = np.asarray(observation, dtype=np.float64), size * CELL
-    xy = observation[27:29] * arena / 2
-    objects = cells_at(xy + observation[31:].reshape(-1, 2) * arena, size)[0]
+    """The arena from above, drawn from one observation [D] alone: RGB [size·pixels, size·pixels, 3] uint8, y upwards, the
+    ant black with a white rim. Works without a screen or OpenGL."""
+    observation = np.asarray(observation, dtype=np.float64)
+    xy = observation[27:29] * size / 2
+    objects = cells_at(xy + observation[31:].reshape(-1, 2) * size, size)[0]
     image = gridworld.draw_cells(objects[:colours], objects[colours:], size, pixels)
 
-    model = Simulation.model
-    data = mujoco.MjData(model)
+    data = mujoco.MjData(MODEL)
     data.qpos[:] = np.concatenate([xy, observation[:QPOS - 2]])
-    mujoco.mj_kinematics(model, data)
-    x = (np.arange(size * pixels) + 0.5) / pixels * CELL - arena / 2
+    mujoco.mj_kinematics(MODEL, data)
+    x = (np.arange(size * pixels) + 0.5) / pixels - size / 2
     points = np.stack(np.meshgrid(x, -x), -1)  # [size·pixels, size·pixels, 2] m
     outside = np.inf  # distance of each point from the ant, m; negative inside
-    for geom in np.flatnonzero(model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE):
+    for geom in np.flatnonzero(MODEL.geom_type != mujoco.mjtGeom.mjGEOM_PLANE):
         # Seen from above a capsule is a line with round ends; the torso, a sphere, is one without length.
-        radius, half = model.geom_size[geom, :2]
+        radius, half = MODEL.geom_size[geom, :2]
         axis = 2 * half * data.geom_xmat[geom].reshape(3, 3)[:2, 2]
         offset = points - (data.geom_xpos[geom, :2] - axis / 2)
         share = (offset @ axis / max(axis @ axis, 1e-9)).clip(0, 1)[..., None]  # of the nearest point along the line
         outside = np.minimum(outside, np.linalg.norm(offset - share * axis, axis=-1) - radius)
     for rim, shade in ((0.03, 255), (0, 0)):  # m
-        cover = ((rim - outside) * pixels / CELL + 0.5).clip(0, 1)[..., None]  # soft over one pixel
+        cover = ((rim - outside) * pixels + 0.5).clip(0, 1)[..., None]  # soft over one pixel
         image = image + cover * (shade - image)
     return image.round().astype(np.uint8)
 
-
-# -------------------------------------------------------------------------------------------------------------- Gymnasium
+# -------------------------------------------------------------------------------------------------- Gymnasium
 
 def vector(values, count):
-    """values as float64 [count], or None if they are something else or not finite."""
+    """values as float64 [count], or None if they are not that many finite real numbers."""
     try:
-        values = np.array(values, dtype=np.float64)
+        values = np.array(values).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):
         return None
     return values if values.shape == (count,) and np.isfinite(values).all() else None
@@ -491,21 +678,21 @@ def vector(values, count):
 
 class AntPinpad(gridworld.GridworldPinpad):
     """One ant with the Gymnasium interface (a batch of one `Game`).
-
-    Observation: Box [31 + 2N] float32, see `Game.observation`. Action: Box [8], torques in −1 … 1. Info: stage, cell (under the
-    torso), colours, walls (cells), reason (why the game ended, "" before). `reset(options={"agent": …, "colours": …, "walls": …,
-    "task": …, "qpos": …, "qvel": …})` sets up a layout and a pose; what is left out is drawn. The agent's cell follows from qpos.
-    """
+    Observation: Box [D] float32, see `Game.observation`. Action: Box [8], torques in −1 … 1. Info: visits, cell (under
+    the torso), colours, walls (cells), reason (why the game ended, "" before). `reset(options={"agent": …, "colours": …,
+    "walls": …, "task": …, "qpos": …, "qvel": …})` sets up a layout and a pose, the rest is drawn; qpos sets the agent."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / CONTROL_STEP)}
     options = (*gridworld.GridworldPinpad.options, "qpos", "qvel")
+    picture = staticmethod(picture)
 
     def __init__(self, size=4, colours=4, walls=1, max_steps=500, task="0-1-2-3", render_mode=None):
         super().__init__(size, colours, walls, max_steps, task, render_mode)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION + 2 * (colours + walls),), np.float32)
+        inputs = OBSERVATION + 2 * (colours + walls)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (inputs,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION,), np.float32)
 
-    def reset(self, *, seed=None, options=None):
-        options = dict(options or {})
+    def _checked(self, options):
+        options = dict(super()._checked(options))
         for name, count in (("qpos", QPOS), ("qvel", QVEL)):
             if name in options:
                 options[name] = vector(options[name], count)
@@ -514,11 +701,11 @@ class AntPinpad(gridworld.GridworldPinpad):
         if "qpos" in options:
             cell, inside = cells_at(options["qpos"][:2], self.size)
             if not inside or abs(np.linalg.norm(options["qpos"][3:7]) - 1) > 1e-4:
-                raise ValueError("qpos needs a position inside the arena and a quaternion (its numbers 3 to 6) of length 1")
+                raise ValueError("qpos needs a position inside the arena and a quaternion (numbers 3 to 6) of length 1")
             if "agent" in options:
                 raise ValueError("agent and qpos are both given; the agent's cell follows from qpos")
             options["agent"] = int(cell)
-        return super().reset(seed=seed, options=options)
+        return options
 
     def _new_game(self, layouts, task, options, generator):
         layouts = with_pose(layouts, self.size, generator)
@@ -531,11 +718,6 @@ class AntPinpad(gridworld.GridworldPinpad):
             raise ValueError(f"action {action!r} is not {ACTION} torques in −1 … 1")
         return torques[None]
 
-    def render(self):
-        if self.render_mode is None or self.game is None:
-            return None
-        return picture(self._observation(), self.size, self.colours)
-
     def _observation(self):
         return self.game.observation()[0].numpy()
 
@@ -544,84 +726,43 @@ class AntPinpad(gridworld.GridworldPinpad):
         return {"cell": info.pop("agent"), **info, "reason": self.game.reason(0)}
 
 
-gymnasium.register("AntPinpad-v0", entry_point=AntPinpad)
+gymnasium.register("AntPinpad-v0", entry_point="ant_tasks:AntPinpad")
 
-
-# ------------------------------------------------------------------------------------------------------------------- demo
+# ------------------------------------------------------------------------------------------------------- demo
 
 def demo(folder, n, seed):
-    """Prints the success of n expert episodes of each kind and the speed of the simulation; writes one episode as ant.png and ant.gif."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from PIL import Image  # comes with matplotlib
+    """Prints success and speed of the expert in n episodes of each kind; films one as ant.png and ant.gif."""
+    def episodes(tasks, sigma, n, seed):
+        generator, own = torch.Generator().manual_seed(seed), tasks[torch.arange(n) % len(tasks)]
+        return expert_paths(draw_layouts(n, 4, 4, 1, generator), 4, own, 500, generator, sigma)
 
-    size, colours, walls, max_steps = 4, 4, 1, 500
+    print(f"{n} expert episodes each{'success':>24}{'mean steps':>14}{'control steps/s':>18}")
     withheld = torch.tensor([[0, 1, 2, 3]])
-
-    def episodes(tasks, sigma, n, max_steps, seed):
-        generator = torch.Generator().manual_seed(seed)
-        layouts, own = draw_layouts(n, size, colours, walls, generator), tasks[torch.arange(n) % len(tasks)]
-        return layouts, own, expert_paths(layouts, size, own, max_steps, generator, sigma)
-
-    print(f"{n} expert episodes each{'success':>24}{'mean steps':>14}")
-    for name, tasks in (("16 pretraining tasks", gridworld.pretraining_tasks("singles")[0]), ("0-1-2-3", withheld)):
+    for name, tasks in (("16 pretraining tasks", gridworld.pretraining_tasks("singles")), ("0-1-2-3", withheld)):
         for sigma in (0, 0.1):
-            paths = episodes(tasks, sigma, n, max_steps, seed)[2]
-            print(f"{f'{name}, σ = {sigma}':32}{paths.solved.float().mean():15.3f}{paths.length.float().mean():14.1f}", flush=True)
+            started, paths = time.perf_counter(), episodes(tasks, sigma, n, seed)
+            speed, steps = paths.length.sum() / (time.perf_counter() - started), paths.length.float().mean()
+            print(f"{f'{name}, σ = {sigma}':32}{paths.success.mean():15.3f}{steps:14.1f}{speed:18,.0f}", flush=True)
 
-    ants, steps = 256, 50
-    layouts, own, paths = episodes(withheld, 0, ants, steps, seed)
-    game, start = Game(layouts, size, own, steps), time.perf_counter()
-    for t in range(paths.action.shape[1]):
-        game.step(paths.action[:, t])
-        game.observation()
-    rate = paths.length.sum().item() / (time.perf_counter() - start)
-    print(f"simulation with observations, {ants} ants, {Simulation.threads} threads: {rate:,.0f} control steps/s")
-
-    layouts, _, paths = episodes(withheld, 0, 32, max_steps, seed + 1)
-    chosen = int(paths.solved.int().argmax())  # the first that is solved
-    length, stage, seen = int(paths.length[chosen]), paths.stage[chosen], paths.observation[chosen]
-    edge = size * CELL / 2
-    xy = seen[:, 27:29].numpy() * edge
-    figure, axis = plt.subplots(figsize=(4.4, 4.6))
-    axis.imshow(picture(seen[0], size, colours, 128), extent=(-edge, edge, -edge, edge))
-    for k, colour in enumerate(withheld[0].tolist()):
-        part = (stage[:length] == k).nonzero()[:, 0]
-        line = xy[part[0]:part[-1] + 2].T
-        axis.plot(*line, color="white", linewidth=5)
-        axis.plot(*line, color=gridworld.PALETTE[colour] / 255, linewidth=3)
-        axis.text(*centres(layouts.colours[chosen, colour], size), colour, color="white", fontsize=18, ha="center", va="center")
-    axis.set(xticks=[], yticks=[], title=f"0-1-2-3 solved in {length} steps, {length * CONTROL_STEP:.1f} s")
-    frames = []
-    for t in [*range(0, length, 4), length]:
-        frame = np.empty((size * 64 + 16,) * 2 + (3,), dtype=np.uint8)
-        frame[:] = gridworld.PALETTE[withheld[0, stage[min(t, length - 1)]]]  # the frame shows the colour pursued
-        frame[8:-8, 8:-8] = picture(seen[t], size, colours)
-        frames.append(Image.fromarray(frame))
-    figure.tight_layout()
-    figure.savefig(folder / "ant.png", dpi=110)
-    plt.close(figure)
-    frames[0].save(folder / "ant.gif", save_all=True, append_images=frames[1:], duration=[100] * (len(frames) - 1) + [1500], loop=0)
-    print(f"written: {folder / 'ant.png'}, {folder / 'ant.gif'} (the frame's colour is the one pursued; twice the real speed)")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"ant_tasks.py: {message}\n")
+    paths = episodes(withheld, 0, 32, seed + 1)
+    chosen = int(paths.success.argmax())  # the first that is solved
+    frames = [picture(seen, 4, 4) for seen in paths.observation[chosen, :paths.length[chosen] + 1]]
+    pursued = paths.subgoal[chosen, :len(frames) - 1].tolist()
+    titles = [f"{t * CONTROL_STEP:.1f} s: to {colour}" for t, colour in enumerate(pursued)]
+    marked = [colour != before for colour, before in zip(pursued, [None, *pursued])]
+    gridworld.film(frames, [*titles, "end"], [*marked, False], folder / "ant", *LOOK["film"])
+    print(f"written: {folder / 'ant.png'}, {folder / 'ant.gif'} (twice the real speed)")
 
 
 def main(arguments=None):
-    parser = Parser(prog="ant_tasks.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-                    description="ant-pinpad: success of the expert, speed of the simulation, a picture and an animation.")
-    parser.add_argument("--episodes", type=int, default=1000, help="expert episodes of each kind, 1 … 5000")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--out", type=Path, default=Path("assets"), metavar="FOLDER", help="where ant.png and ant.gif go")
+    parser = argparse.ArgumentParser("ant_tasks.py", description="success and speed of ants, a film", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"ant_tasks.py: {message}\n")
+    parser.add_argument("--episodes", type=int, default=1000, help="expert episodes of each kind, 1 … 5000 (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    parser.add_argument("--out", type=Path, default="assets", metavar="FOLDER", help="where ant.png and ant.gif go (assets)")
     options = parser.parse_args(arguments)
-    if not 1 <= options.episodes <= 5000:
-        parser.error(f"--episodes {options.episodes} is outside 1 … 5000")
-    if not 0 <= options.seed < 2 ** 40:
-        parser.error(f"--seed {options.seed} is outside 0 … 2^40 − 1")
+    if not (1 <= options.episodes <= 5000 and 0 <= options.seed < 2 ** 40):
+        parser.error("--episodes must be in 1 … 5000 and --seed in 0 … 2^40 − 1")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

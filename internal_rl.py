@@ -1,59 +1,58 @@
 """Internal RL in one file: reinforce the thoughts of a pretrained sequence model instead of its tokens.
 
-A minimal PyTorch reimplementation of "Emergent temporal abstractions in autoregressive models enable hierarchical
-reinforcement learning" (arXiv:2512.20605; sections, equations and tables cited below are the paper's).
+A minimal PyTorch reimplementation of "Emergent temporal abstractions in autoregressive models enable
+hierarchical reinforcement learning" (arXiv:2512.20605; sections, equations and tables cited are the paper's).
 
-The story
-    1. pretrain   A causal model learns to predict the actions of an expert that pursues hidden subgoals: a transformer the moves
-                  on a grid, a Hawk SSM the joint torques of a MuJoCo ant that walks over one.
-    2. probe      A linear read-out finds the hidden subgoal in the middle of its residual stream.
-    3. steer      One low-rank linear map per subgoal, added in the middle, makes the frozen model pursue that subgoal.
-    4. discover   Without labels, a metacontroller learns to emit such maps, to hold them, and when to switch them.
-    5. rl         A small policy learns from one sparse reward per episode which codes to emit: internal RL.
-                  Token-level (ant: raw-action) RL on the same model, with as many episodes, never sees a reward.
+Contents
+    Settings           every dial, its default and its range
+    What stages share  one optimizer step, learning rate, batches of expert data
+    1  pretrain        a causal model learns to predict the actions of an expert that pursues hidden subgoals
+    2  probe           a linear read-out finds the hidden subgoal in the middle of its residual stream
+    3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
+    4  discover        without labels, a metacontroller learns to emit such maps, to hold and to switch them
+    5  internal RL     a small policy learns from one reward per episode which codes to emit
+       the baseline    token-level RL on the same model, with as many episodes, never sees a reward
+    ── nothing below is needed to understand the method ──
+    Checkpoints · Looking inside · Figures · Benchmark · Command line
 
-                                      s = f_emb(e_1…e_T)  sees the future; replaced by the policy π(z | e) in stage 5
-                                                  │
-    o_1…o_t ─► blocks 1…l ─► e_t ─┬─► history h ──┼─► encoder ─► μ_t, Σ_t ─► z̃_t ─┐
-                                  │               └─► switch gate β_t ────────────┴─► z_t = β_t z̃_t + (1−β_t) z_{t−1}
-                                  │                                                     │ hypernetwork
-                                  └─► ê_t = e_t + U_t e_t ◄──── U_t = B(z_t)ᵀ A(z_t) ◄──┘
-                                            └─► blocks l+1…L ─► p(a_t | o_1…o_t, z_1…z_t)
-    (the ant: history, gate and f_emb read the embedding e_{t,0}, and f_emb that of another trajectory; e_t is what is steered)
+One forward pass
+                                  s = f_emb(e_1…e_T)  sees the future; the policy π(z | e) replaces it in 5
+                                              │
+ o_1…o_t ─► blocks 1…l ─► e_t ─┬─► history h ─┼─► encoder ─► μ_t, Σ_t ─► z̃_t ─┐
+                               │              └─► switch gate β_t ────────────┴─► z_t=β_t z̃_t+(1−β_t)z_{t−1}
+                               │                                                    │ hypernetwork
+                               └─► ê_t = e_t + U_t e_t ◄──── U_t = B(z_t)ᵀA(z_t) ◄──┘
+                                         └─► blocks l+1…L ─► p(a_t | o_1…o_t, z_1…z_t)
 
 Glossary (code name: paper symbol, where)
-    e            residual stream e_{t,l} after block l, L/2 or as set      base.lower, base.upper       Sec. 1
-    U, A, B      linear controller U_t = B(z)ᵀA(z)/√C, rank R              low_rank_control             Eq. 1, 11, 18
-    h            causal history h_t                                        Metacontroller.history       Eq. 12
-    s            summary of the whole trajectory, one vector               Metacontroller.embedder      Eq. 13
-    mu, sigma    μ_t, diagonal Σ_t of the proposed code                    Metacontroller.encoder       Eq. 14, 15
-    beta         switch gate β_t (1 = take the proposal, 0 = keep)         Metacontroller.switch        Eq. 16
-    z            controller code z_t ∈ R^{n_z}                             integrate                    Eq. 2, 17
-    alpha        weight α of the KL to N(0, I)                             discovery_loss               Eq. 3, 9
-    lambda       weight λ of the next-observation loss                     pretraining_loss             Eq. 4, 5
-    D, D*        expert data for the base / for everything after it        expert_batch                 App. C
-    a_t, h_t     in Hawk: decay and state of the linear recurrence         Hawk, parallel_scan          App. D.1
-Dims: B batch, n games that still run, T actions of an episode, D numbers of an observation, C residual width, O colours, N objects
-(colours + walls), K subgoals, V visits of a task, Z code, R rank, J hidden units of f_hyp, S switches, P policy width.
+  e            residual stream e_{t,l} after block l, L/2 or as set      Base.lower, Base.upper    Sec. 1
+  U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
+  h            causal history h_t                                        Metacontroller.history    Eq. 12
+  s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
+  mu, sigma    μ_t, diagonal Σ_t of the proposed code                    Metacontroller.encoder    Eq. 14, 15
+  beta         switch gate β_t (1 = take the proposal, 0 = keep)         Metacontroller.switch     Eq. 16
+  z            controller code z_t ∈ R^{n_z}                             integrate                 Eq. 2, 17
+  alpha        weight α of the KL to N(0, I)                             discovery_loss            Eq. 3, 9
+  next_obs     weight λ of the next-observation loss                     pretraining_loss          Eq. 4, 5
+  D, D*        expert data for the base / for everything after it        ExpertData                App. C
+Dims: B batch, n games that still run, T actions of an episode, S switches of an episode, D numbers of an
+observation, C residual width, O colours, N objects (colours, then walls), K subgoals, V visits of a task,
+Z code, R rank, J hidden units of f_hyp.
 
-Run it
-    python internal_rl.py --task gridworld                    all stages of the quick preset; see README.md for what to expect
-    python internal_rl.py --task gridworld --preset tiny      first contact, under a minute
-    python internal_rl.py --task ant                          the same with eight joint torques
-    python internal_rl.py --help                              every setting
-
+Run it: python internal_rl.py --task gridworld (or ant; --preset tiny: first contact; --help: every setting).
 What differs from the paper is marked where it happens: grep "differs from the paper".
 """
 import argparse
 import copy
 import functools
+import importlib
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,403 +60,206 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import ant_tasks
 import gridworld
 
-WORLDS = {"gridworld": gridworld, "ant": ant_tasks}  # both offer draw_layouts, Game, expert_paths, SYMMETRIES, mirror, places, picture
+# ============================================================================================= Settings
 
-# ============================================================================================================== settings
-
-STAGES = {  # name → all the stages that it builds on, or shares settings with
-    "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"], "discover": ["pretrain", "audition"],
-    "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"],
-}
-COMMANDS = ["all", "pretrain", "probe", "steer", "discover", "rl", "bench", "figures"]  # discover includes audition, rl includes raw
-
-
-def setting(default, stages, text):
-    return field(default=default, metadata={"stages": set(stages.split()), "help": text})
+def setting(default, stages, text, low=None, high=None, choices=None):
+    """A dial: default (the grid's quick preset), the first stages that it changes, help, what it may be."""
+    return field(default=default, metadata=dict(stages=set(stages.split()), help=text, low=low, high=high,
+                                                choices=choices))
 
 
 @dataclass
 class Settings:
-    """Every dial, with the defaults of the `quick` preset, and the first stages that it changes."""
-    task: str = setting("gridworld", "pretrain", "world: gridworld or ant")
-    seed: int = setting(0, "pretrain", "random seed of everything that is trained")
-    size: int = setting(5, "pretrain", "grid size G")
-    colours: int = setting(4, "pretrain", "coloured cells O")
-    walls: int = setting(1, "pretrain", "wall cells W")
-    max_steps: int = setting(60, "pretrain", "episode length limit")
-    subgoals: str = setting("singles", "pretrain", "pretraining tasks: 'singles' (Table A2) or 'pairs' of colours (Table A1)")
-    noise: float = setting(0.0, "pretrain", "expert noise in the base model's data: probability ε of a random move; standard deviation of the ant's torques")
-    trajectories: int = setting(0, "pretrain", "expert episodes made for the base model (the rest: a quarter); solved ones stay on disk; 0: always fresh ones")
-    view: str = setting("egocentric", "pretrain", "input form: 'egocentric' features or the paper's 'absolute' observation")
-    base: str = setting("transformer", "pretrain", "base model: 'transformer' or 'hawk'")
-    width: int = setting(128, "pretrain", "residual width n_e")
-    layers: int = setting(4, "pretrain", "blocks L of the base model")
-    heads: int = setting(4, "pretrain", "attention heads; Hawk: blocks of the gates' matrices")
-    mlp: int = setting(256, "pretrain", "hidden width of each block's MLP")
-    pretrain_steps: int = setting(9600, "pretrain", "base model: training steps")
-    pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step")
-    pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate")
-    weight_decay: float = setting(0.03, "pretrain", "AdamW weight decay (all supervised stages)")
-    cosine: bool = setting(True, "pretrain", "warm up 200 steps, then cosine decay of the learning rate to 2%% (all supervised stages but audition)")
-    next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss")
-    next_cell: float = setting(0.0, "pretrain", "ant: weight of predicting, on entering a cell, which way the next cell lies")
-    thin: float = setting(1.0, "pretrain", "ant: train on the steps that enter a cell and this share of the others (pretrain, discover: rising to 1; audition: 0)")
-    bursts: float = setting(0.0, "pretrain", "ant: probability a step that the expert is pushed into a random direction for 8 steps")
+    world: str = setting("gridworld", "pretrain", "the world")
+    seed: int = setting(0, "pretrain", "random seed of everything that is trained", 0, 2 ** 40)
+    size: int = setting(5, "pretrain", "grid size G", 2, 9)
+    colours: int = setting(4, "pretrain", "coloured cells O", 1, 10)
+    walls: int = setting(1, "pretrain", "wall cells W", 0, 70)
+    max_steps: int = setting(60, "pretrain", "episode length limit", 10, 10 ** 5)
+    subgoals: str = setting("singles", "pretrain", "single colours (Table A2) or pairs of them (A1)",
+                            choices=list(gridworld.SUBGOAL_SIZE))
+    noise: float = setting(0.0, "pretrain", "expert noise in D: share of random moves; σ of torques", 0, 1)
+    view: str = setting("egocentric", "pretrain", "input: offsets from the agent, or absolute places (paper)",
+                        choices=["egocentric", "absolute"])
+    width: int = setting(128, "pretrain", "residual width n_e, also of the policy", 1, 8192)
+    layers: int = setting(4, "pretrain", "blocks L of the base model", 2, 128)
+    heads: int = setting(4, "pretrain", "attention heads, or blocks of Hawk's gate matrices", 1, 128)
+    pretrain_steps: int = setting(9600, "pretrain", "base model: training steps", 1, 10 ** 8)
+    pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step", 1, 10 ** 5)
+    pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
+    weight_decay: float = setting(0.03, "pretrain", "base model: AdamW weight decay", 0, 100)
+    cosine: bool = setting(True, "pretrain", "learning rates of stages 1-4 warm up, then fall along a cosine")
+    next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss", 0, 1000)
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
-    probe_steps: int = setting(400, "probe", "linear probe: training steps")
-    probe_lr: float = setting(3e-3, "probe", "linear probe: learning rate")
-    steer_steps: int = setting(1000, "steer", "labelled controllers: training steps")
-    steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate")
-    control_layer: int = setting(0, "steer audition", "block l after which control acts; 0: the middle, L/2")
-    post_task: str = setting("0-1-2-3", "steer rl raw", "post-training task, made of withheld transitions only")
-    rank: int = setting(16, "steer audition", "rank of a linear controller U; 0: a full matrix")
-    n_z: int = setting(8, "audition", "size of a controller code z")
-    n_h: int = setting(32, "audition", "size of the causal history h")
-    n_s: int = setting(32, "audition", "size of the trajectory summary s")
-    candidates: int = setting(5, "audition", "metacontrollers that start; the one with the most consistent codes goes on")
-    audition_steps: int = setting(720, "audition", "training steps of each candidate, without KL")
-    discover_steps: int = setting(2200, "discover", "metacontroller: further training steps of the chosen one")
-    discover_batch: int = setting(64, "probe steer audition", "metacontroller (and labelled controllers, probe): trajectories a step")
-    discover_lr: float = setting(3e-3, "audition", "metacontroller: learning rate")
-    alpha: float = setting(0.15, "discover", "α, weight of the KL term")
-    alpha_free: float = setting(0.2, "discover", "share of the steps before α starts to rise from 0")
-    alpha_ramp: float = setting(0.35, "discover", "share of the steps over which α rises to its value")
+    probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
+    probe_lr: float = setting(3e-3, "probe", "probe: learning rate", 1e-12, 1e6)
+    control_layer: int = setting(0, "steer audition", "block l after which control acts; 0: L/2", 0, 128)
+    rank: int = setting(16, "steer audition", "rank of a linear controller U; 0: a full matrix", 0, 8192)
+    control_decay: float = setting(0.03, "steer audition", "(meta)controllers: AdamW weight decay", 0, 100)
+    steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
+    steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
+    post_task: str = setting("0-1-2-3", "steer rl raw", "post-training task, of withheld transitions only")
+    candidates: int = setting(5, "audition", "metacontrollers that start; the best one goes on", 1, 100)
+    audition_steps: int = setting(720, "audition", "training steps of each candidate, without KL", 0, 10 ** 8)
+    discover_steps: int = setting(2200, "discover", "metacontroller: further training steps", 1, 10 ** 8)
+    discover_batch: int = setting(64, "probe steer audition", "stages 2-4: trajectories a step", 1, 10 ** 5)
+    discover_lr: float = setting(3e-3, "audition", "metacontroller: learning rate", 1e-12, 1e6)
+    alpha: float = setting(0.15, "discover", "α, weight of the KL", 0, 1000)
+    alpha_free: float = setting(0.2, "discover", "share of the steps before α starts to rise from 0", 0, 1)
+    alpha_ramp: float = setting(0.35, "discover", "share of the steps over which α rises to its value", 0, 1)
     mirror: bool = setting(True, "audition", "decode each code in a randomly mirrored copy of its world")
-    embedded: bool = setting(False, "audition", "the metacontroller reads the embedding e_{t,0} instead of e_{t,l}")
-    swap: bool = setting(False, "audition", "infer each code with the summary s of another trajectory that visits the same colours")
-    rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and again for token-level RL")
-    rl_batch: int = setting(1024, "rl raw", "episodes an update")
-    rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy")
-    raw_lr: float = setting(1e-4, "raw", "token-level RL: learning rate of the base model")
-    rl_epochs: int = setting(3, "rl raw", "passes over each batch of episodes")
-    rl_minibatch: int = setting(256, "rl raw", "episodes a gradient step")
-    clip: float = setting(0.2, "rl raw", "PPO clip range")
-    policy_width: int = setting(128, "rl", "hidden width of the policy")
-    std_start: float = setting(3.0, "rl", "policy standard deviation at the start (1 is the prior of the codes)")
-    std_end: float = setting(0.25, "rl", "policy standard deviation at the end")
-    threshold: float = setting(0.5, "audition rl", "β above this switches (hard gate)")
-    tolerance: int = setting(1, "", "steps between a gate and a true change of subgoal that count as a hit")
-    evaluation: int = setting(1024, "audition", "layouts on which success is measured, a multiple of 64; codes are looked at in a fixed share of that")
-
-
-TINY = dict(width=32, heads=2, mlp=64, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2, audition_steps=32,
-            discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, rl_minibatch=128, evaluation=128)
-ANT = dict(task="ant", size=4, max_steps=500, noise=0.1, trajectories=40_000, base="hawk", tolerance=3)
-# differs from the paper: λ = 1 instead of 10, control of rank 16 instead of a full matrix, after block 1 of 4 instead of the middle one.
-ANT_QUICK = dict(
-    ANT, next_obs=1.0, next_cell=4.0, thin=1 / 16, bursts=0.01, pretrain_steps=8000, control_layer=1, steer_steps=2400, embedded=True, swap=True,
-    candidates=1, audition_steps=8000, discover_steps=1600, alpha=0.5, rl_episodes=102_400, rl_batch=512, rl_minibatch=128,
-    std_start=2.0)
-PRESETS = {  # (task, preset) → what differs from the defaults
-    ("gridworld", "quick"): {},
-    ("gridworld", "tiny"): TINY,
-    # The paper's sizes and schedules (Tables A1, A4, A7, A9, A13, A16).
-    ("gridworld", "paper"): dict(
-        next_obs=0.01, candidates=1, audition_steps=1, size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", view="absolute",
-        post_task="0-1-2-3-4-5-6-7-0-1-2-3", width=256, layers=6, heads=4, mlp=512, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
-        weight_decay=0.03, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, discover_steps=64_000,
-        discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=1024,
-        rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0, std_end=1.0),
-    ("ant", "quick"): ANT_QUICK,
-    ("ant", "tiny"): {**ANT_QUICK, **TINY, **dict(
-        trajectories=64, max_steps=150, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16, audition_steps=8, discover_steps=16,
-        discover_batch=8, rl_episodes=64, rl_batch=32, rl_minibatch=16)},
-    # Tables A2, A5, A8, A10, A14, A15.
-    ("ant", "paper"): {**ANT, **dict(
-        next_obs=10.0, view="absolute", trajectories=104_000, candidates=1, audition_steps=1, width=256, layers=8, heads=8, mlp=512,
-        pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, weight_decay=0.03, cosine=False, probe_steps=8000, probe_lr=1e-3,
-        steer_steps=3200, steer_lr=3e-4, rank=0, discover_steps=32_000, discover_batch=128, discover_lr=3e-4, mirror=False, alpha=0.1,
-        alpha_free=0.0, alpha_ramp=0.0, rl_episodes=1_000_000, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, policy_width=256, std_start=1.0,
-        std_end=1.0)},
-}
-
-# ========================================================================================================== expert data
-
-@dataclass
-class Batch:
-    """Expert trajectories, padded: observation [B, T+1, D] (the last one included), action [B, T] (ant: [B, T, 8] torques),
-    subgoal [B, T] hidden index of the subgoal pursued (evaluation and steering only), length [B] actions taken. After `only` some steps
-    are left out, and what follows a step is the next one that was kept."""
-    observation: torch.Tensor
-    action: torch.Tensor
-    subgoal: torch.Tensor
-    length: torch.Tensor
+    read_embedding: bool = setting(False, "audition", "the metacontroller reads e_{t,0} instead of e_{t,l}")
+    swap: bool = setting(False, "audition", "take the summary of another trajectory with the same visits")
+    rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
+    rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
+    rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy", 1e-12, 1e6)
+    raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
+    std_start: float = setting(3.0, "rl", "policy's standard deviation at first (prior: 1)", 1e-6, 1000)
+    std_end: float = setting(0.25, "rl", "policy's standard deviation at the end", 1e-6, 1000)
+    tolerance: int = setting(1, "", "only measures: how many steps a gate may be off", 0, 100)
+    evaluation: int = setting(1024, "", "only measures: layouts on which success is measured", 8, 10 ** 6)
 
     @property
-    def valid(self):
-        """[B, T] bool: is there an action (not padding)?"""
-        return torch.arange(self.action.shape[1], device=self.length.device) < self.length[:, None]
+    def module(self):
+        """The module of the world, see `load_world`."""
+        return load_world(self.world)
 
-    def pick(self, rows):
-        """The trajectories `rows`, cut to the longest of them."""
-        longest = int(self.length[rows].max())
-        return Batch(self.observation[rows, :longest + 1], self.action[rows, :longest], self.subgoal[rows, :longest], self.length[rows])
+# ==================================================================================== What stages share
+# A stage is a plain loop over `run.steps(…)`, which yields its training steps, goes on where an earlier run
+# stopped, and writes checkpoints and metrics in between (see Checkpoints, below the method).
 
-    def only(self, chosen):
-        """The steps where `chosen` [B, T], one after the other, and the last observation."""
-        kept = F.pad(chosen & self.valid, (0, 1))  # [B, T+1]
-        count, steps = kept.sum(1), torch.arange(kept.shape[1], device=kept.device)
-        at = torch.where(kept, steps, self.length[:, None]).sort(1).values[:, :int(count.max()) + 1]  # kept steps, then the last observation
-        row, before = torch.arange(len(at), device=at.device)[:, None], at[:, :-1].clamp(max=self.action.shape[1] - 1)
-        return Batch(self.observation[row, at], self.action[row, before], self.subgoal[row, before], count)
+ROUND = 16  # steps of supervised training between two moments at which a run may stop; batches in a pool
 
-    def to(self, device):
-        return Batch(self.observation.to(device), self.action.to(device), self.subgoal.to(device), self.length.to(device))
+
+def descend(loss, optimizer, lr):
+    """One optimizer step at learning rate lr; a gradient whose norm is above 1 is scaled down to it."""
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)  # differs from the paper, which mentions no clipping.
+    optimizer.step()
+
+
+def learning_rate(config, peak, step):
+    """200 steps of warm-up (a tenth of a short stage), then a cosine down to 2% of the peak."""
+    # differs from the paper: larger rates that decay (--no-cosine: constant), because there are fewer steps.
+    if not config.cosine:
+        return peak
+    warm_up = min(200, step.count // 10 + 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * step.number / step.count))
+    return peak * min(1, (step.number + 1) / warm_up) * (0.02 + 0.98 * cosine)
+
+
+def frozen(module):
+    return module.requires_grad_(False).eval()
+
+
+class ExpertData:
+    """Batches of expert trajectories: D (noise = config.noise) or D* (noise = 0)."""
+    # differs from the paper: 16 batches are drawn at once and dealt out by length, which halves the padding.
+
+    def __init__(self, run, batch_size, noise, generator):
+        self.config, self.batch_size, self.generator, self.deal = run.config, batch_size, generator, []
+        try:
+            self.draw = run.config.module.source(run.config, noise, run.data)
+        except ValueError as error:
+            refuse(error)
+
+    def batch(self, progress):
+        """The next Trajectories, thinned out as the world wants it at this progress (0 … 1) of the stage."""
+        if not self.deal:
+            pool = self.draw(ROUND * self.batch_size, self.generator)
+            rows = pool.length.argsort().tensor_split(ROUND)
+            order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
+            self.deal = [pool.pick(rows[i]) for i in order.tolist()]
+        return self.config.module.thinned(self.config, self.deal.pop(0), progress, self.generator)
 
 
 def draw_layouts(config, n, generator):
-    return WORLDS[config.task].draw_layouts(n, config.size, config.colours, config.walls, generator)
-
-
-def expert_batch(config, n, generator, noise=0.0):
-    """Fresh expert trajectories of random pretraining tasks: D (noise = config.noise) or D* (noise = 0). Those of the n that the
-    expert fails to solve are left out (ant: a few, or one in seven when it is pushed)."""
-    tasks, subgoals = gridworld.pretraining_tasks(config.subgoals)
-    layouts = draw_layouts(config, n, generator)
-    device = layouts.agent.device
-    own = torch.randint(len(tasks), (n,), generator=generator, device=generator.device).to(device)
-    pushes = {"bursts": config.bursts} if config.task == "ant" else {}
-    paths = WORLDS[config.task].expert_paths(layouts, config.size, tasks.to(device)[own], config.max_steps, generator, noise, **pushes)
-    subgoal = subgoals.to(device)[own].gather(1, paths.stage.clamp(max=tasks.shape[1] - 1))
-    # differs from the paper: only solved episodes are kept, so that the data always shows a whole task.
-    return Batch(paths.observation, paths.action, subgoal, paths.length).pick(paths.solved.nonzero()[:, 0]).to(generator.device)
-
-
-class StoredEpisodes:
-    """Expert trajectories kept on disk, loaded into memory end to end: M observations and the actions that follow them."""
-
-    def __init__(self, config, folder, noise):
-        settings = {name: getattr(config, name) for name in ("task", "seed", "size", "colours", "walls", "max_steps", "subgoals")}
-        count = config.trajectories if noise else config.trajectories // 4
-
-        def make(i):
-            generator = torch.Generator().manual_seed(10_000 * (config.seed + 1) + (1000 if noise else 2000) + i)
-            batch = expert_batch(config, min(ant_tasks.SHARD, count), generator, noise)
-            kept = F.pad(batch.valid, (1, 0), value=True)  # [B, T+1]: as many rows of everything as observations
-            return {"observation": batch.observation[kept].half().numpy(), "action": F.pad(batch.action, (0, 0, 0, 1))[kept].half().numpy(),
-                    "subgoal": F.pad(batch.subgoal, (0, 1))[kept].byte().numpy(), "length": batch.length.numpy()}
-
-        settings.update(noise=noise, bursts=config.bursts, episodes=min(ant_tasks.SHARD, count))
-        shards = ant_tasks.expert_data(folder, max(1, count // ant_tasks.SHARD), settings, make)
-        join = lambda name: torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
-        self.observation, self.action, self.subgoal, self.length = (join(name) for name in ("observation", "action", "subgoal", "length"))
-        self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
-
-    def pick(self, rows):
-        """The trajectories `rows` [B] as a Batch; beyond the end of a trajectory its last row is repeated."""
-        length = self.length[rows]
-        at = torch.minimum(torch.arange(int(length.max()) + 1), length[:, None]) + self.start[rows, None]  # [B, T+1]
-        return Batch(self.observation[at].float(), self.action[at[:, :-1]].float(), self.subgoal[at[:, :-1]].long(), length)
-
-
-def expert_batches(config, batch_size, generator, noise=0.0, count=16, stored=None):
-    """`count` batches of similar length each: a pool sorted by length and dealt out, which halves the padding. The pool is
-    fresh, or drawn from `stored` trajectories."""
-    if stored is None:
-        pool = expert_batch(config, count * batch_size, generator, noise)
-        rows = torch.arange(len(pool.length), device=generator.device)
-    else:
-        pool, rows = stored, torch.randint(len(stored.length), (count * batch_size,), generator=generator, device=generator.device).cpu()
-    deal = rows[pool.length[rows].argsort()].tensor_split(count)
-    order = torch.randperm(count, generator=generator, device=generator.device).tolist()
-    if stored is None:
-        return [pool.pick(deal[i]) for i in order]
-    # differs from the paper: stored trajectories are mirrored at every use. Simulation and expert are symmetric: that is as good as a fresh one.
-    return (mirrored(config, pool.pick(deal[i]).to(generator.device), generator) for i in order)
+    return config.module.draw_layouts(n, config.size, config.colours, config.walls, generator)
 
 
 def mirrored(config, batch, generator):
-    """Each trajectory in a random one of the symmetric images of its world: same colours in the same order, but other directions.
-    The grid has 8, its rotations and reflections. The ant has 32: its legs can be counted from any of the four, too, so that not even
-    the directions relative to its body stay the same."""
-    k = torch.randint(WORLDS[config.task].SYMMETRIES, (len(batch.length),), generator=generator, device=generator.device)
-    observation, action = WORLDS[config.task].mirror(batch.observation, batch.action, k, config.size)
+    """Each trajectory in a random one of the symmetric images of its world: same colours, same order, other
+    directions. The grid has 8 images. The ant has 32: its legs can be counted from any of the four, too."""
+    module = config.module
+    k = torch.randint(module.SYMMETRIES, (len(batch.length),), generator=generator, device=generator.device)
+    observation, action = module.mirror(batch.observation, batch.action, k, config.size)
     return replace(batch, observation=observation, action=action)
 
+# ================================================================================= Chapter 1 · pretrain
+# You should see `gap`, the distance to the best possible predictor, fall to about 0.04 nats per action.
 
-# =========================================================================================================== base model
-
-def relative_bucket(distance):
-    """Buckets of the relative-position bias (App. D.1): 16 exact distances, then 16 logarithmic ones up to 128. [...] → [...]"""
-    far = 16 + (distance.clamp(min=1) / 16).log() / math.log(128 / 16) * 16
-    return torch.where(distance < 16, distance, far.long().clamp(max=31))
+@functools.lru_cache(64)
+def relative_bucket(time, seen, device):
+    """Where key j lies before query i: (bucket, future?), each [time, seen]; the queries are the last keys.
+    Buckets of App. D.1: 16 exact distances, then 16 logarithmic ones up to 128."""
+    ago = torch.arange(seen - time, seen, device=device)[:, None] - torch.arange(seen, device=device)
+    far = 16 + (ago.clamp(min=1) / 16).log() / math.log(128 / 16) * 16
+    return torch.where(ago < 16, ago.clamp(min=0), far.long().clamp(max=31)), ago < 0
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with a relative-position bias added to the attention logits (Table A16)."""
+    # differs from the paper: each block has its own bias, and PyTorch's default initial weights.
 
-    def __init__(self, width, heads, mlp):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.position_bias = nn.Embedding(32, heads)
         nn.init.zeros_(self.position_bias.weight)
-        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x, past=None):
-        """x [B, T, C] → ([B, T, C], (keys, values)). `past` holds the keys and values [B, heads, T', C/heads] of earlier steps."""
+        """x [B, T, C] → ([B, T, C], (keys, values)). `past`: those of T' earlier steps, [B, H, T', C/H]."""
         batch, time, width = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, C/H]
+        qkv = self.qkv(self.norm_1(x)).view(batch, time, 3, self.heads, -1)  # [B, T, 3, H, C/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, C/H]
         if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        seen = k.shape[2]  # T' + T
-        ago = torch.arange(seen - time, seen, device=x.device)[:, None] - torch.arange(seen, device=x.device)  # [T, T'+T]
-        bias = self.position_bias(relative_bucket(ago.clamp(min=0))).permute(2, 0, 1)  # [H, T, T'+T]
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias.masked_fill(ago < 0, -torch.inf)
-        attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, time, width)
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # [B, H, T'+T, C/H]
+        bucket, future = relative_bucket(time, k.shape[2], x.device)
+        bias = self.position_bias(bucket).permute(2, 0, 1).masked_fill(future, -torch.inf)  # [H, T, T'+T]
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias  # [B, H, T, T'+T]
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, time, width)  # [B, T, C]
         x = x + self.mix(attended)
         return x + self.down(F.relu(self.up(self.norm_2(x)))), (k, v)
 
 
-def parallel_scan(a, b, chunk=16):
-    """h_t = a_t h_{t−1} + b_t with h_0 = 0: a, b [B, T, C] → h [B, T, C]. All chunks of 16 steps at once, then from chunk to chunk."""
-    batch, time, width = b.shape
-    extra = -time % chunk
-    reach, h = (F.pad(x, (0, 0, 0, extra)).view(batch, -1, chunk, width) for x in (a, b))  # [B, T/16, 16, C]
-    reach, h = (x.clone() if extra == 0 else x for x in (reach, h))  # pad copies
-    for t in range(1, chunk):
-        h[:, :, t].addcmul_(reach[:, :, t], h[:, :, t - 1])
-    for t in range(1, chunk):
-        reach[:, :, t].mul_(reach[:, :, t - 1])  # a_1 … a_t: what is left of the chunk before
-    for n in range(1, h.shape[1]):
-        h[:, n].addcmul_(reach[:, n], h[:, n - 1, -1:])
-    return h.view(batch, -1, width)[:, :time]
-
-
-class LinearRecurrence(torch.autograd.Function):
-    """`parallel_scan` with a gradient that is a scan, too: the same recurrence run backwards in time."""
-
-    @staticmethod
-    def forward(context, a, b):
-        h = parallel_scan(a, b)
-        context.save_for_backward(a, h)
-        return h
-
-    @staticmethod
-    def backward(context, gradient):
-        a, h = context.saved_tensors
-        later = F.pad(a[:, 1:], (0, 0, 0, 1))  # a_{t+1}
-        g = parallel_scan(later.flip(1), gradient.flip(1)).flip(1)  # g_t = gradient_t + a_{t+1} g_{t+1}
-        return g * F.pad(h[:, :-1], (0, 0, 1, 0)), g
-
-
-class Hawk(nn.Module):
-    """Pre-norm recurrent block of the ant's base model (App. D.1, Table A15): a short causal convolution and a real-gated linear
-    recurrent unit, multiplied by a gated branch, then an MLP."""
-
-    WINDOW = 4  # of the convolution
-
-    def __init__(self, width, heads, mlp):
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.branches, self.mix = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.convolution = nn.Conv1d(width, width, self.WINDOW, groups=width)
-        self.gates = nn.Parameter(torch.randn(heads, width // heads, 2 * width // heads) * (heads / width) ** 0.5)  # block-diagonal
-        self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * width // heads))
-        decay = torch.linspace(0.9, 0.999, width)  # of a full recurrence gate in one step: a = decay = exp(−8 softplus(Λ))
-        self.decay = nn.Parameter((-decay.log() / 8).expm1().log())  # Λ
-        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
-
-    def forward(self, x, past=None):
-        """x [B, T, C] → ([B, T, C], (window, h)). `past` holds the convolution's last inputs [B, 3, C] and the state h [B, C]."""
-        batch, time, width = x.shape
-        gate, inner = self.branches(self.norm_1(x)).chunk(2, -1)
-        window, state = past if past is not None else (inner.new_zeros(batch, self.WINDOW - 1, width), x.new_zeros(batch, width))
-        inner = torch.cat([window, inner], 1)  # [B, 3 + T, C]
-        window = inner[:, -(self.WINDOW - 1):]
-        inner = self.convolution(inner.transpose(1, 2)).transpose(1, 2)  # [B, T, C]
-        gates = torch.einsum("bthi,hij->bthj", inner.unflatten(-1, (len(self.gates), -1)), self.gates) + self.gate_bias
-        forget, use = (g.flatten(2).float().sigmoid() for g in gates.chunk(2, -1))  # each [B, T, C]
-        log_a = -8 * F.softplus(self.decay) * forget
-        a, b = log_a.exp(), (-torch.expm1(2 * log_a) + 1e-6).sqrt() * use * inner.float()
-        if past is not None:
-            b = torch.cat([(b[:, :1] + a[:, :1] * state[:, None]), b[:, 1:]], 1)
-        h = LinearRecurrence.apply(a, b)
-        x = x + self.mix(F.gelu(gate, approximate="tanh") * h.to(gate.dtype))
-        return x + self.down(F.relu(self.up(self.norm_2(x)))), (window, h[:, -1])
-
-
-class TorqueHead(nn.Linear):
-    """Mean and ln σ of each torque: [..., C] → [..., 16]."""
-    # differs from the paper: the spread is learned, but the same in every state. One that depends on the state lets controllers gain
-    # likelihood on the noiseless D* by shrinking it, without steering at all.
-
-    def __init__(self, width):
-        super().__init__(width, ant_tasks.ACTION)
-        self.log_sigma = nn.Parameter(torch.full((ant_tasks.ACTION,), -1.5))
-
-    def forward(self, x):
-        mean = super().forward(x)
-        return torch.cat([mean, self.log_sigma.to(mean.dtype).expand_as(mean)], -1)
-
-
 class Base(nn.Module):
-    """Causal model of observations, split at the control layer l (L/2, or as set) into `lower` and `upper`.
-
-    `cache` is a list with one entry a block; passing the same list again continues the sequence (acting, one step at a time).
-    """
+    """Causal model of observations: the world's embedding, L blocks, the world's head; `lower` and `upper`
+    are split after block l. A `cache` is a list with one entry a block; passing the same list again continues
+    the sequence (acting, one step at a time)."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.split, objects = config, config.control_layer or config.layers // 2, config.colours + config.walls  # split: l
-        # differs from the paper: egocentric features (--view absolute for its own), because they are learned faster.
-        self.cells = self.body = None
-        if config.task == "gridworld" or config.view == "egocentric":
-            inputs = gridworld.input_count(config.view, config.size, config.colours, config.walls)
-            self.cells = nn.EmbeddingBag(inputs, config.width, mode="sum")  # = a linear layer on the one-hot observation
-            nn.init.normal_(self.cells.weight, std=0.3)
-        if config.task == "ant":
-            self.body = nn.Linear(ant_tasks.FEATURES if config.view == "egocentric" else ant_tasks.OBSERVATION + 2 * objects, config.width)
-        block = {"transformer": Block, "hawk": Hawk}[config.base]
-        self.blocks = nn.ModuleList(block(config.width, config.heads, config.mlp) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        if config.task == "gridworld":
-            self.action_head, self.observation_head = nn.Linear(config.width, 4), nn.Linear(config.width, (objects + 1) * config.size ** 2)
-        else:
-            self.action_head = TorqueHead(config.width)
-            self.observation_head = nn.Linear(config.width, ant_tasks.OBSERVATION + 2 * objects)
-            self.way_head = nn.Linear(config.width, 9)
+        self.split = config.control_layer or config.layers // 2  # l
+        self.embed, block = config.module.Embedding(config), getattr(config.module, "Block", Block)
+        self.blocks = nn.ModuleList(block(config.width, config.heads) for _ in range(config.layers))
+        self.norm, self.head = nn.LayerNorm(config.width), config.module.Head(config)
 
-    def embed(self, observation):
-        """[B, T, D] → e_{t,0} [B, T, C]"""
-        config, embedded = self.config, 0
-        if self.cells is not None:
-            places = WORLDS[config.task].places(observation, config.size)
-            active = gridworld.INPUTS[config.view](places, config.size, config.colours)  # [B, T, N+1] positions of the ones
-            embedded = self.cells(active.flatten(0, 1)).view(*observation.shape[:2], -1)
-        if self.body is not None:
-            embedded = embedded + self.body(ant_tasks.body_features(observation, config.size) if config.view == "egocentric" else observation)
-        return embedded
-
-    def run_blocks(self, x, blocks, cache):
-        for i in blocks:
+    def run_blocks(self, x, which, cache=None):
+        for i in which:
             x, kept = self.blocks[i](x, None if cache is None else cache[i])
             if cache is not None:
                 cache[i] = kept
         return x
 
-    def new_cache(self):
-        return [None] * len(self.blocks)
-
     def lower(self, observation, cache=None):
         """observation [B, T, D] → e_{t,l} [B, T, C]"""
         return self.run_blocks(self.embed(observation), range(self.split), cache)
 
-    def meta_input(self, observation):
-        """What the metacontroller's history, summary and gate read: observation [B, T, D] → e_{t,l}, or e_{t,0} with `embedded`."""
-        # differs from the paper (the ant): e_{t,0}, where colours visited are easier to read than distances.
-        return self.embed(observation) if self.config.embedded else self.lower(observation)
-
     def last_residual(self, e, cache=None):
+        """e_{t,l} [B, T, C] → normalised e_{t,L} [B, T, C]"""
         return self.norm(self.run_blocks(e, range(self.split, len(self.blocks)), cache))
 
     def upper(self, e, cache=None):
-        """e_{t,l} [B, T, C] → action logits [B, T, 4], or mean and ln σ of the torques [B, T, 16]"""
-        return self.action_head(self.last_residual(e, cache))
+        """e_{t,l} [B, T, C] → logits of moves [B, T, 4] (ant: mean and ln σ of torques [B, T, 16])"""
+        return self.head(self.last_residual(e, cache))
 
     def forward(self, observation):
         return self.upper(self.lower(observation))
@@ -466,109 +268,105 @@ class Base(nn.Module):
         """observation [B, T, D] → e_{t,0} … e_{t,L}: [L+1, B, T, C]"""
         streams = [self.embed(observation)]
         for i in range(len(self.blocks)):
-            streams.append(self.run_blocks(streams[-1], [i], None))
+            streams.append(self.run_blocks(streams[-1], [i]))
         return torch.stack(streams)
 
 
-def action_log_prob(out, action):
-    """ln p(action) under the model's output: logits [..., 4] of moves [...], or Gaussians [..., 16] of torques [..., 8] → [...]"""
-    if not action.is_floating_point():
-        return out.float().log_softmax(-1).gather(-1, action[..., None])[..., 0]
-    mean, log_sigma = out.float().chunk(2, -1)
-    return (-0.5 * ((action - mean) / log_sigma.exp()) ** 2 - log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def sample_action(config, out, generator):
-    """A draw from the model's output [n, 4 or 16] → moves [n] or torques [n, 8]"""
-    if config.task == "gridworld":
-        probability = out.softmax(-1)
-        noise = torch.rand(probability.shape, generator=generator, device=probability.device)
-        return (probability / -noise.log()).argmax(-1)  # the exponential race
-    mean, log_sigma = out.chunk(2, -1)
-    return mean + log_sigma.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
-
-
-def action_loss(out, batch):
-    """Mean −ln p(a_t | …) over the actions that exist: out [B, ≥T, 4 or 16] → scalar, nats per action."""
-    valid = batch.valid
-    out, action = out[:, :valid.shape[1]][valid], batch.action[valid]
-    return -action_log_prob(out, action).mean() if action.is_floating_point() else F.cross_entropy(out.float(), action)
+def action_loss(config, out, batch):
+    """Mean −ln p(a_t | …) over the actions that exist: model output [B, T, …] → scalar, nats per action."""
+    return -config.module.log_prob(out[batch.valid], batch.action[batch.valid]).mean()
 
 
 def pretraining_loss(config, base, batch):
-    """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps; for the ant also the next-cell loss, mean over the
-    steps at which it enters a cell. Returns (loss, action part)."""
+    """Eq. 4-5: −ln p(a_t | o_{1:t}) − λ ln p(o_{t+1} | o_{1:t}), means over steps. → (loss, first part)"""
     last = base.last_residual(base.lower(batch.observation[:, :-1]))
-    action_part = action_loss(base.action_head(last), batch)
-    loss = action_part
+    loss = nll = action_loss(config, base.head(last), batch)
     if config.next_obs > 0:
-        loss = loss + config.next_obs * next_observation_loss(config, base, batch, last)
-    if config.next_cell > 0:
-        entered = entries(config, batch)
-        loss = loss + config.next_cell * F.cross_entropy(base.way_head(last)[entered].float(), ways(config, batch)[entered])
-    return loss, action_part
+        loss = loss + config.next_obs * base.head.next_observation_loss(last, batch)
+    return loss + base.head.more_losses(last, batch), nll
 
 
-def entries(config, batch):
-    """At which steps has the torso just entered its cell? [B, T] bool"""
-    cell = WORLDS[config.task].places(batch.observation, config.size)[..., -1]  # [B, T+1]
-    return F.pad(cell[:, 1:-1] != cell[:, :-2], (1, 0), value=True) & batch.valid
+@torch.no_grad()
+def measure_base(run, base, floor):
+    loss, nll = pretraining_loss(run.config, base, run.held_out(run.config.noise))
+    return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
 
 
-def ways(config, batch):
-    """Which way lies the cell that the torso enters next? [B, T] in 0 … 8: 3·(rows down + 1) + columns right + 1, so 4 if it enters none"""
-    # differs from the paper: of the observation to come, the next cell is predicted, too, because a single control step hardly depends on the map.
-    cell = WORLDS[config.task].places(batch.observation, config.size)[..., -1]  # [B, T+1]
-    following, later = [], cell[:, -1]
-    for t in reversed(range(cell.shape[1] - 1)):
-        later = torch.where(cell[:, t + 1] != cell[:, t], cell[:, t + 1], later)
-        following.append(later)
-    following, here = torch.stack(following[::-1], 1), cell[:, :-1]
-    down, right = following // config.size - here // config.size, following % config.size - here % config.size
-    return 3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1
+def pretrain(run):
+    """Stage 1: the base model predicts the expert's actions. Returns it and its gap."""
+    config, generator = run.config, run.generator("pretrain")
+    torch.manual_seed(config.seed)
+    base = Base(config).to(run.device)
+    print(f"pretrain: base model with {sum(p.numel() for p in base.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(base.parameters(), weight_decay=config.weight_decay)
+    data = ExpertData(run, config.pretrain_batch, config.noise, generator)
+    floor = config.module.action_floor(config, 1024, run.evaluation("held-out trajectories"))
+    for step in run.steps("pretrain", config.pretrain_steps, generator, optimizer, base=base):
+        batch = data.batch(step.progress)
+        # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            loss, nll = pretraining_loss(config, base, batch)
+        descend(loss, optimizer, learning_rate(config, config.pretrain_lr, step))
+        step.log(loss=loss, nll=nll)
+        if step.due:
+            step.log(**measure_base(run, base, floor))
+    return frozen(base), measure_base(run, base, floor)["gap"]
 
-
-def thinned(config, batch, share, generator):
-    """The steps at which the ant enters a cell, and a random share of all others."""
-    # differs from the paper: only on entering a cell, about every fifteen steps, is the action not given away by the motion. On all steps at
-    # once a model learns to continue the motion and never to choose it.
-    some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
-    return batch.only(entries(config, batch) | some)
-
-
-def rising_share(config, progress):
-    """The share for `thinned`, from config.thin at progress 0 to all steps at 1."""
-    return config.thin ** (1 - progress ** 3)
-
-
-def next_observation_loss(config, base, batch, last):
-    """−ln p(o_{t+1} | o_{1:t}), mean over steps, from the last residual [B, T, C]; in a thinned batch, of the next observation kept."""
-    valid, following = batch.valid, batch.observation[:, 1:]
-    out = base.observation_head(last)[valid].float()
-    if config.task == "gridworld":
-        cell_logits = out.unflatten(-1, (following.shape[-1], -1))  # [n, N+1, G²]
-        return F.cross_entropy(cell_logits.flatten(0, 1), following[valid].flatten()) * following.shape[-1]
-    return 0.5 * ((out - following[valid]) ** 2).sum(-1).mean()  # a Gaussian of unit variance
-
-
-# ============================================================================================== probe, labelled controllers
+# ==================================================================================== Chapter 2 · probe
+# You should see the accuracy jump after the first block or two, to about 0.5 (chance: 0.25). The model infers
+# which colour the expert is heading for, although nobody tells it.
 
 class Probe(nn.Module):
-    """One linear read-out of the hidden subgoal per layer, here of the normalised stream: p(g_t | e_{t,l}) = softmax(U_l e_{t,l})  (Eq. 6-7)."""
+    """A linear read-out of the subgoal per layer: p(g_t | e_{t,l}) = softmax(U_l e_{t,l})  (Eq. 6-7)."""
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.layers + 1, config.width, len(gridworld.SUBGOALS[config.subgoals])))
+        self.weight = nn.Parameter(torch.zeros(config.layers + 1, config.width, gridworld.SUBGOALS))
 
     def forward(self, residuals):
         """[L+1, n, C] → logits [L+1, n, K]"""
-        return residuals @ self.weight
+        # differs from the paper: each layer's stream at unit scale, so that one learning rate suits them all.
+        return F.layer_norm(residuals, residuals.shape[-1:]) @ self.weight
 
 
-def low_rank_control(e, a, b):
-    """ê = e + Bᵀ(A e)/√C  (Eq. 11): e [..., C], a, b [..., R, C] → [..., C]. U = BᵀA/√C is never built."""
-    read = (a @ e.unsqueeze(-1)) / math.sqrt(e.shape[-1])  # [..., R, 1]
-    return e + (b.transpose(-1, -2) @ read).squeeze(-1)
+def train_probe(run, base):
+    """Stage 2: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1) Returns the accuracy on
+    held-out trajectories, one number a layer, the embedding first."""
+    config, generator = run.config, run.generator("probe")
+    probe = Probe(config).to(run.device)
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0)
+    data = ExpertData(run, config.discover_batch, 0.0, generator)
+
+    @torch.no_grad()
+    def pairs(batch):
+        """Residuals [L+1, n, C] and hidden subgoals [n] of all steps that exist."""
+        return base.residuals(batch.observation[:, :-1])[:, batch.valid], batch.subgoal[batch.valid]
+
+    def accuracy():
+        residuals, subgoal = pairs(run.held_out())
+        return [round(x, 4) for x in (probe(residuals).argmax(-1) == subgoal).float().mean(1).tolist()]
+
+    for step in run.steps("probe", config.probe_steps, generator, optimizer, probe=probe):
+        residuals, subgoal = pairs(data.batch(0))
+        logits = probe(residuals)  # [L+1, n, K]
+        loss = F.cross_entropy(logits.flatten(0, 1), subgoal.repeat(len(logits))) * len(logits)
+        descend(loss, optimizer, learning_rate(config, config.probe_lr, step))
+        step.log(loss=loss)
+        if step.due:
+            step.log(probe_accuracy=accuracy())
+    return accuracy()
+
+# ==================================================================================== Chapter 3 · steer
+# You should see success on the post-training task, whose transitions the data never shows: 0 for the model
+# alone, about 0.75 when the linear map of the right subgoal is added.
+
+def linear_control(e, w, a, b):
+    """ê = e + U e  (Eq. 1, 11, 18), where U = BᵀA/√C with A = Σ_j w_j A_j and B = Σ_j w_j B_j: e [..., C],
+    w [..., J], a, b [J, R, C] → [..., C]. The sums come after the products with e: U is never built."""
+    w = w.unsqueeze(-1)  # [..., J, 1]
+    each = (e @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2]) / math.sqrt(e.shape[-1])  # [..., J, R]
+    read = (w * each).sum(-2, keepdim=True)  # A e/√C: [..., 1, R]
+    return e + (w * read).flatten(-2) @ b.flatten(0, 1)
 
 
 class LabelledControllers(nn.Module):
@@ -576,19 +374,102 @@ class LabelledControllers(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        shape = (len(gridworld.SUBGOALS[config.subgoals]), config.rank or config.width, config.width)
-        a = torch.randn(shape) if config.rank else math.sqrt(config.width) * torch.eye(config.width).expand(shape)  # full: A = √C·I, U = B
+        width, shape = config.width, (gridworld.SUBGOALS, config.rank or config.width, config.width)
+        # A full matrix: A = √C·I stays, and U = Bᵀ.
+        a = torch.randn(shape) if config.rank else math.sqrt(width) * torch.eye(width).repeat(shape[0], 1, 1)
         self.a, self.b = nn.Parameter(a, requires_grad=config.rank > 0), nn.Parameter(torch.zeros(shape))
 
     def forward(self, e, subgoal):
         """e [..., C], subgoal [...] index → ê [..., C]"""
-        return low_rank_control(e, self.a[subgoal], self.b[subgoal])
+        return linear_control(e, F.one_hot(subgoal, len(self.a)).to(e.dtype), self.a, self.b)
 
 
-# ======================================================================================================== metacontroller
+@dataclass
+class Moment:
+    """What an intervention sees of n running games: e_{t,l}, e_{t,0} [n, C], their indices [n], time t."""
+    e: torch.Tensor
+    embedding: torch.Tensor
+    games: torch.Tensor
+    t: int
+
+
+@torch.no_grad()
+def play(config, base, game, generator, intervene=None):
+    """The base model acts until all games are over; actions are sampled at temperature 1. → Trajectories
+    intervene(Moment) → ê [n, C] replaces the residual stream after block l."""
+    module, device = config.module, generator.device
+    games, cache, observation = game.rows, [None] * len(base.blocks), game.observation().to(device)
+    observations, actions = [observation], []
+    while len(games):
+        embedding = base.embed(observation[games, None])  # [n, 1, C]
+        e = base.run_blocks(embedding, range(base.split), cache)
+        if intervene is not None:
+            e = intervene(Moment(e[:, 0], embedding[:, 0], games.to(device), len(actions)))[:, None]
+        drawn = module.sample(base.upper(e, cache)[:, 0], generator)
+        action = torch.zeros(len(game.rows), *drawn.shape[1:], dtype=drawn.dtype, device=device)
+        action[games] = drawn
+        game.step(action.to(game.rows.device))
+        observation = observation.clone()
+        observation[games] = game.observation(games).to(device)
+        actions.append(action)
+        observations.append(observation)
+        running = (~game.done[games]).nonzero()[:, 0]
+        if len(running) < len(games):  # finished games leave the batch
+            games, running = games[running], running.to(device)
+            cache = [tuple(part[running] for part in kept) for kept in cache]
+    return gridworld.Trajectories(torch.stack(observations, 1), torch.stack(actions, 1),
+                                  game.steps.to(device), game.success().to(device))
+
+
+def new_game(config, layouts, task):
+    return config.module.Game(layouts, config.size, task, config.max_steps)
+
+
+def post_task(config):
+    """The post-training task as a list of colours [V]."""
+    return gridworld.parse_task(config.post_task, config.colours)
+
+
+def solved(run, base, intervention=lambda game: None):
+    """Success on the post-training task in evaluation layouts: [n] 0/1. intervention(game) → `intervene`"""
+    game = new_game(run.config, run.layouts(run.config.evaluation), post_task(run.config))
+    return play(run.config, base, game, run.evaluation("actions"), intervention(game)).success
+
+
+def with_labels(config, controllers):
+    """The intervention that activates labelled controllers in the order of the task, by the visits so far."""
+    colours = torch.tensor(post_task(config), device=controllers.b.device)  # [V]
+    order = colours // gridworld.SUBGOAL_SIZE[config.subgoals]
+    return lambda game: lambda now: controllers(now.e, order[game.visits.to(now.e.device)[now.games]])
+
+
+def steer(run, base):
+    """Stage 3: controllers trained with the true subgoal (Fig. 4). Returns their success, [n] 0/1."""
+    config, generator = run.config, run.generator("steer")
+    torch.manual_seed(config.seed)
+    controllers = LabelledControllers(config).to(run.device)
+    optimizer = torch.optim.AdamW(controllers.parameters(), weight_decay=config.control_decay)
+    data = ExpertData(run, config.discover_batch, 0.0, generator)
+    for step in run.steps("steer", config.steer_steps, generator, optimizer, controllers=controllers):
+        batch = data.batch(0)
+        with torch.no_grad():
+            e = base.lower(batch.observation[:, :-1])
+        loss = action_loss(config, base.upper(controllers(e, batch.subgoal)), batch)
+        descend(loss, optimizer, learning_rate(config, config.steer_lr, step))
+        step.log(loss=loss)
+    return solved(run, base, with_labels(config, controllers))
+
+# ================================================================================= Chapter 4 · discover
+# You should see gates that open where the hidden subgoal changes, and codes that mean a colour: goal_accuracy
+# and held_share high, R² of direction and distance low. Good gates alone prove little.
+
+N_Z, N_H, N_S = 8, 32, 32  # sizes of the code z, the history h, the summary s (Table A9)
+J = 32  # hidden units of f_hyp
+THRESHOLD = 0.5  # a gate with β above this is open
+
 
 def integrate(beta, proposal, z):
-    """Temporal integration (Eq. 2, 17): z_t = β_t z̃_t + (1−β_t) z_{t−1}. beta [B], proposal, z [B, Z] → [B, Z]"""
+    """Temporal integration (Eq. 2, 17): z_t = β_t z̃_t + (1−β_t) z_{t−1}. [B], [B, Z], [B, Z] → [B, Z]"""
     return beta[:, None] * proposal + (1 - beta[:, None]) * z
 
 
@@ -602,208 +483,157 @@ class Metacontroller(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.width
-        self.norm = nn.LayerNorm(width)
-        self.history = nn.GRU(width, config.n_h, batch_first=True)  # Eq. 12
+        width, rank = config.width, config.rank or config.width
+        self.norm = nn.LayerNorm(width)  # differs from the paper: all below reads the normalised residual.
+        self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
-        self.embedder = nn.GRU(width, config.n_s, batch_first=True)  # Eq. 13
-        # differs from the paper: the encoder reads e_t only through h_t, because directions and distances then fit less easily into a code.
-        self.encoder = nn.Sequential(nn.Linear(config.n_h + config.n_s, 64), nn.ReLU(), nn.Linear(64, 2 * config.n_z))
-        self.switch_in, self.switch_z = nn.Linear(width + config.n_h, 64), nn.Linear(config.n_z, 64, bias=False)
+        self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
+        # differs from the paper: the encoder reads e_t only through h_t, where directions fit less easily.
+        self.encoder = nn.Sequential(nn.Linear(N_H + N_S, 64), nn.ReLU(), nn.Linear(64, 2 * N_Z))
+        self.switch_in, self.switch_z = nn.Linear(width + N_H, 64), nn.Linear(N_Z, 64, bias=False)
         self.switch_out = nn.Linear(64, 1)
-        # f_hyp: an MLP from z to the matrices A(z) and B(z), its last layer's weights (and, as row J, its bias) kept as tensors.
-        self.hyper = nn.Sequential(nn.Linear(config.n_z, 32), nn.ReLU())
-        rank = config.rank or width
-        self.read = nn.Parameter(torch.empty(33, rank, width).uniform_(-1, 1) / math.sqrt(32))  # [J+1, R, C]
-        self.write = nn.Parameter(torch.empty(33, rank, width).uniform_(-1, 1) / math.sqrt(32))
+        # f_hyp: z → J hidden units → A(z), B(z); its last layer as tensors [J+1, R, C], the last row a bias.
+        self.hyper = nn.Sequential(nn.Linear(N_Z, J), nn.ReLU())
+        self.read = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
+        self.write = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
         with torch.no_grad():
-            self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
+            self.encoder[-1].bias[N_Z:] = -1  # initial ln σ
             self.read[-1].normal_()  # A reads e at unit scale whatever z is, so that B(z) can learn at once
 
-    def switch(self, features, z):
-        """β_t = f_switch(e_t, h_{t−1}, z_{t−1})  (Eq. 16). features = switch_in([e_t, h_{t−1}]) [B, 64], z [B, Z] → [B]"""
-        return self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1).sigmoid()
-
     def propose(self, e, length, partner=None):
-        """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ [B, T+1, Z] and switch
-        features [B, T+1, 64]. With `partner` [B] each trajectory takes the summary of that one instead of its own."""
-        h, _ = self.history(e)
-        before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start: [B, T+1, n_h]
-        s = self.embedder(e)[0][torch.arange(len(e), device=e.device), length]  # after the last observation: [B, n_s]
-        s = s if partner is None else s[partner]
-        mu, log_sigma = self.encoder(torch.cat([h, s[:, None].expand(-1, e.shape[1], -1)], -1)).chunk(2, -1)  # Eq. 15
+        """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ
+        [B, T+1, Z], switch features [B, T+1, 64]. With `partner` [B] it takes that trajectory's summary."""
+        h, _ = self.history(e)  # [B, T+1, n_h]
+        before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start
+        s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # after o_{T+1}: [B, n_s]
+        s = (s if partner is None else s[partner])[:, None].expand(-1, e.shape[1], -1)
+        mu, log_sigma = self.encoder(torch.cat([h, s], -1)).chunk(2, -1)  # Eq. 15
+        # differs from the paper: ln σ is kept within −6 … 3.
         return mu, log_sigma.clamp(-6, 3), self.switch_in(torch.cat([e, before], -1))
 
+    def switch(self, features, z):
+        """β_t = f_switch(e_t, h_{t−1}, z_{t−1})  (Eq. 16): switch_in([e_t, h_{t−1}]) [B, 64], [B, Z] → [B]"""
+        return self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1).sigmoid()
+
     def forward(self, e, length, generator, partner=None):
-        """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], beta [B, T+1], mu, log_sigma [B, T+1, Z]"""
+        """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β [B, T+1], μ, ln σ [B, T+1, Z]"""
         mu, log_sigma, features = self.propose(self.norm(e), length, partner)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
-        z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1: the first step takes the proposal
+        z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1: takes the first proposal
         for t in range(1, e.shape[1]):
             beta.append(self.switch(features[:, t], z[-1]))
             z.append(integrate(beta[-1], proposal[:, t], z[-1]))
         return torch.stack(z, 1), torch.stack(beta, 1), mu, log_sigma
 
-    def matrices(self, z):
-        """A(z), B(z) = f_hyp(z)  (Eq. 18): z [..., Z] → two of [..., R, C]"""
-        hidden = F.pad(self.hyper(z), (0, 1), value=1)  # [..., J+1]
-        return tuple((hidden @ weight.flatten(1)).unflatten(-1, weight.shape[1:]) for weight in (self.read, self.write))
-
     def control(self, e, z):
-        """ê_t = e_t + U_t e_t (Eq. 11), e [..., C], z [..., Z] → [..., C]: low_rank_control(e, *matrices(z)) in another order of
-        the sums, so that no matrix is built for any single step."""
-        hidden = F.pad(self.hyper(z), (0, 1), value=1).unsqueeze(-1)  # [..., J+1, 1]
-        read = (e @ self.read.flatten(0, 1).T).unflatten(-1, self.read.shape[:2]) / math.sqrt(e.shape[-1])  # [..., J+1, R]
-        read = (hidden * read).sum(-2, keepdim=True)  # A e/√C: [..., 1, R]
-        return e + (hidden * read).flatten(-2) @ self.write.flatten(0, 1)
+        """ê_t = e_t + U_t e_t with U_t = f_hyp(z_t)  (Eq. 11, 18): e [..., C], z [..., Z] → [..., C]"""
+        # differs from the paper: with rank 0, U is a product of two full matrices, instead of emitted itself.
+        return linear_control(e, F.pad(self.hyper(z), (0, 1), value=1), self.read, self.write)
+
+
+def meta_input(config, base, observation):
+    """Read by the metacontroller: observation [B, T, D] → e_{t,l} (read_embedding: e_{t,0}) [B, T, C]"""
+    # differs from the paper (ant): e_{t,0}, where colours visited are easier to read than distances.
+    return base.embed(observation) if config.read_embedding else base.lower(observation)
 
 
 def two_worlds(config, base, batch, generator):
-    """Residuals of the trajectories, from which codes are inferred, and of the world in which they are decoded.
-
-    Returns (e [B, T+1, C], e_world [B, T, C], world: the Batch of the latter, partner [B]: whose summary each trajectory takes, or None).
-    The base model is frozen; gradients only flow back through its upper blocks.
-    """
-    # differs from the paper: codes are decoded in a mirrored copy of the world, because a code that means "go up" explains nothing there.
-    world = mirrored(config, batch, generator) if config.mirror else batch
+    """What discovery needs of the frozen base model: e [B, T+1, C] of the trajectories, from which codes are
+    inferred; image, the trajectories in which they are decoded, their e_{t,l} [B, T, C]; partner or None."""
+    # differs from the paper: codes are decoded in a mirror image of the world: "go up" explains nothing.
+    image = mirrored(config, batch, generator) if config.mirror else batch
     with torch.no_grad():
-        e = base.meta_input(batch.observation)
-        e_world = base.lower(world.observation) if config.mirror or config.embedded else e
-    return e, e_world[:, :batch.action.shape[1]], world, same_visits(config, batch) if config.swap else None
+        e = meta_input(config, base, batch.observation)
+        e_image = base.lower(image.observation) if config.mirror or config.read_embedding else e
+    # differs from the paper (ant): s is of another trajectory with the same visits: weak supervision by task.
+    places = config.module.places(batch.observation, config.size) if config.swap else None
+    partner = gridworld.same_visits(places, config.colours, batch.length) if config.swap else None
+    return e, e_image[:, :-1], image, partner
 
 
-def same_visits(config, batch):
-    """For each trajectory another one that visits the same colours in the same order (itself if there is none): index [B]"""
-    # differs from the paper: the summary s comes from that one, because all that it can tell about this one is the order of the colours, and
-    # not where they are. Of solved episodes, that order is the hidden task: weak supervision, though no label is read.
-    places = WORLDS[config.task].places(batch.observation, config.size)[:, :, [*range(config.colours), -1]]  # [B, T+1, O+1]
-    on = (places[..., :-1] == places[..., -1:]) & (torch.arange(places.shape[1], device=places.device) <= batch.length[:, None])[..., None]
-    entered = on & ~F.pad(on, (0, 0, 1, 0))[:, :-1]  # [B, T+1, O]
-    colour, later = (entered * torch.arange(1, config.colours + 1, device=on.device)).sum(-1), entered.any(-1).flip(1).cumsum(1).flip(1)
-    order = (colour * (config.colours + 1) ** (later - 1).clamp(min=0)).sum(1)  # the visits as digits of a number
-    rows = order.argsort()
-    groups = order[rows].unique_consecutive(return_counts=True)[1].tolist()
-    partner = torch.empty_like(rows)
-    for group in rows.split(groups):
-        partner[group] = group.roll(1)
-    return partner
+def discovery_loss(config, base, meta, worlds, alpha, generator):
+    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action; of the
+    `two_worlds`. Only the upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
+    e, e_image, image, partner = worlds
+    z, beta, mu, log_sigma = meta(e, image.length, generator, partner)
+    nll = action_loss(config, base.upper(meta.control(e_image, z[:, :-1])), image)
+    kl = kl_to_standard_normal(mu, log_sigma)[:, :-1][image.valid].mean()
+    return nll + alpha * kl, nll, kl, beta
 
 
-def discovery_loss(base, meta, e, e_world, world, partner, alpha, generator):
-    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Arguments as from `two_worlds`.
-    Returns (loss, parts, β [B, T+1])."""
-    z, beta, mu, log_sigma = meta(e, world.length, generator, partner)
-    valid = world.valid
-    nll = action_loss(base.upper(meta.control(e_world, z[:, :valid.shape[1]])), world)
-    kl = kl_to_standard_normal(mu, log_sigma)[:, :valid.shape[1]][valid].mean()
-    return nll + alpha * kl, {"nll": nll.item(), "kl": kl.item()}, beta
+def alpha_at(config, step):
+    """α: 0 for a while, then up to its value."""
+    # differs from the paper: with α > 0 from the start, codes collapse before they mean anything.
+    ramp = (step.number / step.count - config.alpha_free) / max(config.alpha_ramp, 1e-9)
+    return config.alpha * min(1.0, max(0.0, ramp))
 
 
-# =========================================================================================== acting in the environment
+def discover(run, base):
+    """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
+    config, generator = run.config, run.generator("discover")
+    meta = audition(run, base)
+    print(f"discover: {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
+    data = ExpertData(run, config.discover_batch, 0.0, generator)
+    for step in run.steps("discover", config.discover_steps, generator, optimizer, meta=meta):
+        batch, alpha = data.batch(step.progress), alpha_at(config, step)
+        worlds = two_worlds(config, base, batch, generator)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, alpha, generator)
+        descend(loss, optimizer, learning_rate(config, config.discover_lr, step))
+        step.log(loss=loss, nll=nll, kl=kl, alpha=alpha, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
+        if step.due:
+            step.log(**inspect_codes(run, base, meta))
+    return frozen(meta)
 
-@dataclass
-class Episodes:
-    """What B games left behind: observation [B, T+1, D], action [B, T] or [B, T, 8], length [B], success [B] 0/1, first [B] first
-    colour visited (−1: none)."""
-    observation: torch.Tensor
-    action: torch.Tensor
-    length: torch.Tensor
-    success: torch.Tensor
-    first: torch.Tensor
+# ============================================================================== Chapter 5 · internal RL
+# You should see `success` leave zero after some ten thousand episodes and rise; the baseline's never does.
 
+class CodeIntervention:
+    """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [n, C], games)
+    → z [n, Z] is asked. With `hold` the first code stays for the whole episode."""
 
-@torch.no_grad()
-def play(config, base, layouts, task, generator, control=None):
-    """Acts with the base model in every layout until all games are over. Actions are sampled at temperature 1.
+    def __init__(self, config, meta, choose, batch, hold=False):
+        self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.read.device
+        self.h, self.z = torch.zeros(1, batch, N_H, device=device), torch.zeros(batch, N_Z, device=device)
+        self.trace = []  # (games, β, open) of every step
 
-    control(e [n, C], games [n], t) → ê [n, C] intervenes on the residual stream of the games that still run. It may read the
-    games' state and e_{t,0} [n, C] in `control.game` and `control.embedded`, which are set here.
-    """
-    device = generator.device
-    game = WORLDS[config.task].Game(layouts, config.size, task, config.max_steps)
-    if control is not None:
-        control.game = game
-    running, cache, observation = game.rows, base.new_cache(), game.observation().to(device)
-    observations, actions = [observation], []
-    while len(running):
-        embedded = base.embed(observation[running, None])
-        e = base.run_blocks(embedded, range(base.split), cache)  # [n, 1, C]
-        if control is not None:
-            control.embedded = embedded[:, 0]
-            e = control(e[:, 0], running, len(actions))[:, None]
-        drawn = sample_action(config, base.upper(e, cache)[:, 0], generator)
-        action = torch.zeros(len(layouts), *drawn.shape[1:], dtype=drawn.dtype, device=device)
-        action[running] = drawn
-        game.step(action.to(game.rows.device))
-        observation = observation.clone()
-        observation[running] = game.observation(running).to(device)
-        actions.append(action)
-        observations.append(observation)
-        still = ~game.done[running]
-        if not still.all():
-            running, cache = running[still], [tuple(part[still] for part in kept) for kept in cache]
-    return Episodes(torch.stack(observations, 1), torch.stack(actions, 1), game.steps.to(device),
-                    (game.stage == game.goal).float().to(device), game.first.to(device))
+    def __call__(self, now):
+        x, h = self.meta.norm(now.embedding if self.config.read_embedding else now.e), self.h[:, now.games]
+        beta = self.meta.switch(self.meta.switch_in(torch.cat([x, h[0]], -1)), self.z[now.games])  # Eq. 16
+        is_open = beta >= 0 if now.t == 0 else (beta > THRESHOLD) & (not self.hold)
+        self.h[:, now.games] = self.meta.history(x[:, None], h.contiguous())[1]  # Eq. 12
+        at = is_open.nonzero()[:, 0]
+        if len(at):
+            self.z[now.games[at]] = self.choose(now.e[at], now.games[at])
+        self.trace.append((now.games, beta, is_open))
+        return self.meta.control(now.e, self.z[now.games])  # Eq. 11
 
-
-class LabelledControl:
-    """Activates the labelled controllers in the order of the task, by the true number of visits so far."""
-
-    def __init__(self, controllers, order):
-        self.controllers, self.order = controllers, order  # order [V]: the subgoal each visit belongs to
-
-    def __call__(self, e, games, t):
-        return self.controllers(e, self.order[self.game.stage[games]])
-
-
-class InternalControl:
-    """The metacontroller while acting (Algorithm 1): the gate is hard, and `act` chooses a code only where it fires.
-
-    act(e [n, C], games [n]) → z [n, Z]. With `hold` the first code stays for the whole episode.
-    """
-
-    def __init__(self, config, meta, act, batch, hold=False):
-        device = next(meta.parameters()).device
-        self.meta, self.act, self.hold, self.threshold, self.reads_embedding = meta, act, hold, config.threshold, config.embedded
-        self.h, self.z = torch.zeros(1, batch, config.n_h, device=device), torch.zeros(batch, config.n_z, device=device)
-        self.trace = []  # (games, β, fired) of every step
-
-    def __call__(self, e, games, t):
-        x, h = self.meta.norm(self.embedded if self.reads_embedding else e), self.h[:, games]
-        beta = self.meta.switch(self.meta.switch_in(torch.cat([x, h[0]], -1)), self.z[games])
-        fired = torch.ones_like(beta, dtype=torch.bool) if t == 0 else (beta > self.threshold) & (not self.hold)
-        self.h[:, games] = self.meta.history(x[:, None], h.contiguous())[1]
-        if fired.any():
-            self.z[games[fired]] = self.act(e[fired], games[fired])
-        self.trace.append((games, beta, fired))
-        return self.meta.control(e, self.z[games])
-
-
-# ============================================================================================================ internal RL
 
 class Policy(nn.Module):
-    """π(z | e at the switches so far): Gaussian with mean from a one-layer GRU whose state advances only when it acts (App. D.3)."""
+    """π(z | e at the switches so far): Gaussian, its mean from a recurrent layer whose state advances only
+    when it acts (App. D.3)."""
 
     def __init__(self, config):
         super().__init__()
-        # differs from the paper: a GRU instead of a Hawk layer.
-        self.norm, self.embed = nn.LayerNorm(config.width), nn.Linear(config.width, config.policy_width)
-        self.memory = nn.GRU(config.policy_width, config.policy_width, batch_first=True)
-        self.mean = nn.Linear(config.policy_width, config.n_z)
+        # differs from the paper: a GRU instead of a Hawk layer, and it reads the normalised residual.
+        self.norm, self.embed = nn.LayerNorm(config.width), nn.Linear(config.width, config.width)
+        self.memory = nn.GRU(config.width, config.width, batch_first=True)
+        self.mean = nn.Linear(config.width, N_Z)
         nn.init.normal_(self.mean.weight, std=0.01)
         nn.init.zeros_(self.mean.bias)
 
     def forward(self, e, memory=None):
-        """e [B, S, C] residuals at the switches → (mean [B, S, Z], memory [1, B, P])"""
+        """e [B, S, C] residuals at the switches → (mean [B, S, Z], memory [1, B, C])"""
         out, memory = self.memory(F.relu(self.embed(self.norm(e))), memory)
         return self.mean(out), memory
 
     def replay(self, e, count):
-        """The means of whole episodes of count [B] switches: e [B, S, C] → [B, S, Z]. As `forward`, without working on padding."""
+        """Means of whole episodes with count [B] switches: `forward` without work on padding → [B, S, Z]"""
         x = F.relu(self.embed(self.norm(e)))
         packed = nn.utils.rnn.pack_padded_sequence(x, count.cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = nn.utils.rnn.pad_packed_sequence(self.memory(packed)[0], batch_first=True, total_length=x.shape[1])
+        out, _ = self.memory(packed)
+        out, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
         return self.mean(out)
 
 
@@ -813,22 +643,19 @@ def gaussian_log_prob(z, mean, std):
 
 
 class PolicyActor:
-    """Lets the policy choose codes and writes down what it saw and chose: e [B, S, C], z [B, S, Z], log_prob [B, S], count [B]."""
+    """Lets the policy choose codes and writes down what it saw, e [B, S, C], and chose, z [B, S, Z]."""
 
     def __init__(self, config, policy, batch, std, generator):
-        self.policy, self.std, self.generator = policy, std, generator
-        device, room = generator.device, config.max_steps
-        self.memory = torch.zeros(1, batch, config.policy_width, device=device)
-        self.e = torch.zeros(batch, room, config.width, device=device)
-        self.z = torch.zeros(batch, room, config.n_z, device=device)
-        self.log_prob = torch.zeros(batch, room, device=device)
+        self.policy, self.std, self.generator, device = policy, std, generator, generator.device
+        self.memory = torch.zeros(1, batch, config.width, device=device)
+        self.e, self.z = (torch.zeros(batch, config.max_steps, n, device=device) for n in (config.width, N_Z))
+        self.log_prob = torch.zeros(batch, config.max_steps, device=device)
         self.count = torch.zeros(batch, dtype=torch.long, device=device)
 
     def __call__(self, e, games):
         mean, self.memory[:, games] = self.policy(e[:, None], self.memory[:, games].contiguous())
-        mean = mean[:, 0]
+        mean, slot = mean[:, 0], self.count[games]
         z = mean + self.std * torch.randn(mean.shape, generator=self.generator, device=mean.device)
-        slot = self.count[games]
         self.e[games, slot], self.z[games, slot] = e, z
         if self.std > 0:
             self.log_prob[games, slot] = gaussian_log_prob(z, mean, self.std)
@@ -836,152 +663,196 @@ class PolicyActor:
         return z
 
 
-def advantage(success):
-    """(R − mean R) / (std R + 1e-3) over the batch, the same for all abstract steps of an episode (App. C.5): [B] → [B]"""
+def advantages(success):
+    """(R − mean R) / (std R + 1e-3) over the batch, the same at every switch (App. C.5): [B] → [B]"""
     return (success - success.mean()) / (success.std(correction=0) + 1e-3)
 
 
-def clipped_surrogate(log_prob, old_log_prob, weight, mask, clip):
-    """PPO's clipped objective summed over an episode's steps (Eq. 10), as a loss: [B, S], weight (the advantage) [B] → scalar"""
-    ratio = (log_prob - old_log_prob).exp()
-    gain = torch.minimum(ratio * weight[:, None], ratio.clamp(1 - clip, 1 + clip) * weight[:, None])
+def clipped_surrogate(log_prob, old_log_prob, advantage, mask, clip=0.2):
+    """PPO's clipped objective summed over an episode's steps (Eq. 10), as a loss: [B, S], [B] → scalar"""
+    ratio, advantage = (log_prob - old_log_prob).exp(), advantage[:, None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -(gain * mask).sum(1).mean()
 
 
-def reinforce(config, parameters, optimizer, success, log_prob_of, old_log_prob, mask, generator):
-    """PPO epochs over one batch of episodes. log_prob_of(rows) → [b, S] under the current parameters. Returns the last loss."""
-    weight, loss = advantage(success), torch.zeros(())
-    if success.std(correction=0) == 0:
-        return 0.0  # every advantage is 0, and so is the gradient
-    for _ in range(config.rl_epochs):
-        for rows in torch.randperm(len(success), generator=generator, device=success.device).split(config.rl_minibatch):
-            loss = clipped_surrogate(log_prob_of(rows), old_log_prob[rows], weight[rows], mask[rows], config.clip)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-    return loss.item()
+def minibatches(success, generator):
+    """The episodes' rows, shuffled, in four parts, three times over; none if every advantage is 0."""
+    # differs from the paper: several passes, in minibatches, over each batch of episodes.
+    if success.std(correction=0) > 0:
+        for _ in range(3):
+            shuffled = torch.randperm(len(success), generator=generator, device=success.device)
+            yield from shuffled.tensor_split(4)
 
 
-def internal_rl_round(config, base, meta, policy, optimizer, layouts, task, std, generator):
-    """One batch of episodes and the update from it (Algorithms 2-3). Returns metrics."""
-    actor = PolicyActor(config, policy, len(layouts), std, generator)
-    episodes = play(config, base, layouts, task, generator, InternalControl(config, meta, actor, len(layouts)))
-    steps = int(actor.count.max())
-    e, z, old = actor.e[:, :steps], actor.z[:, :steps], actor.log_prob[:, :steps]
-    mask = torch.arange(steps, device=e.device) < actor.count[:, None]
-    loss = reinforce(config, list(policy.parameters()), optimizer, episodes.success,
-                     lambda rows: gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]), std), old, mask, generator)
-    return {"loss": loss, "success": episodes.success.mean().item(), "switches": actor.count.float().mean().item()}
+def layout_pool(run, generator):
+    """A function that draws an update's layouts."""
+    # differs from the paper: from a fixed pool of 16 batches; the paper's are new in every episode.
+    n, pool = run.config.rl_batch, draw_layouts(run.config, 16 * run.config.rl_batch, generator)
+    rows = lambda: torch.randint(len(pool), (n,), generator=generator, device=run.device)
+    return lambda: pool[rows().to(pool.agent.device)]
 
 
-def raw_rl_round(config, base, optimizer, layouts, task, generator):
-    """The baseline: the same update on the base model's own action tokens, all of θ trained (App. C.4.1). Returns metrics."""
-    episodes = play(config, base, layouts, task, generator)
-    mask = torch.arange(episodes.action.shape[1], device=episodes.length.device) < episodes.length[:, None]
-
-    def log_prob_of(rows):
-        return action_log_prob(base(episodes.observation[rows, :-1]), episodes.action[rows])
-
-    with torch.no_grad():
-        everything = torch.arange(len(layouts), device=mask.device)
-        old = log_prob_of(everything) if episodes.success.any() else torch.zeros(mask.shape)
-    loss = reinforce(config, list(base.parameters()), optimizer, episodes.success, log_prob_of, old, mask, generator)
-    return {"loss": loss, "success": episodes.success.mean().item(), "length": episodes.length.float().mean().item()}
-
-# =========================================================================================== what to look at: gates, codes
-
-def gate_scores(beta, batch, threshold, tolerance):
-    """Precision and recall of β > threshold against true subgoal changes, ± `tolerance` steps; the first step is a switch by
-    construction and does not count. beta [B, T+1] → (precision, recall), nan where there is nothing to score."""
-    time = batch.action.shape[1]
-    valid = batch.valid[:, 1:]
-    true = (batch.subgoal[:, 1:] != batch.subgoal[:, :-1]) & valid
-    fired = (beta[:, 1:time] > threshold) & valid
-    near = lambda x: F.max_pool1d(x[:, None].float(), 2 * tolerance + 1, stride=1, padding=tolerance)[:, 0] > 0
-    return ((fired & near(true)).sum() / fired.sum()).item(), ((true & near(fired)).sum() / true.sum()).item()
-
-
-def explained_variance(x, y):
-    """R² of a linear read-out of y [n, D] from x [n, Z], fitted on one half of the rows and scored on the other."""
-    x, y = torch.cat([x, torch.ones_like(x[:, :1])], 1).cpu().double(), y.cpu().double()
-    half = len(x) // 2
-    weight = torch.linalg.lstsq(x[:half], y[:half]).solution
-    residual = y[half:] - x[half:] @ weight
-    return round(1 - (residual.var(0).sum() / y[half:].var(0).sum()).item(), 4)  # LAPACK's last digits depend on memory alignment
+def internal_rl(run, base, meta):
+    """Stage 5: a policy over codes is reinforced; all else is its environment (Algorithms 1-3, Fig. 8)."""
+    config, task, generator = run.config, post_task(run.config), run.generator("rl")
+    torch.manual_seed(config.seed)
+    layouts = layout_pool(run, generator)
+    policy = Policy(config).to(run.device)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
+    updates = math.ceil(config.rl_episodes / config.rl_batch)
+    for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
+        # differs from the paper: the policy's std falls on a schedule from above the prior's 1: typical codes
+        # are too weak to overrule the base model's belief that withheld transitions never happen.
+        std, loss = config.std_start + (config.std_end - config.std_start) * step.progress, 0.0
+        actor = PolicyActor(config, policy, config.rl_batch, std, generator)
+        intervention = CodeIntervention(config, meta, actor, config.rl_batch)
+        success = play(config, base, new_game(config, layouts(), task), generator, intervention).success
+        switches, advantage = int(actor.count.max()), advantages(success)
+        e, z, old_log_prob = (x[:, :switches] for x in (actor.e, actor.z, actor.log_prob))  # [B, S, …]
+        mask = torch.arange(switches, device=e.device) < actor.count[:, None]
+        for rows in minibatches(success, generator):
+            log_prob = gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]), std)
+            loss = clipped_surrogate(log_prob, old_log_prob[rows], advantage[rows], mask[rows])
+            descend(loss, optimizer, config.rl_lr)
+        step.log(method="internal", episodes=(step.number + 1) * config.rl_batch, loss=loss,
+                 success=success.mean(), switches=actor.count.float().mean())
+    return frozen(policy)
 
 
-def code_scores(config, mu, beta, batch):
-    """What do the codes at the switches mean? Share of the subgoal that a nearest-centroid read-out of μ gets right (chance 1/K
-    for useless codes), and R² of a linear read-out of the displacement and of the distance to the subgoal's next colour."""
-    time = batch.action.shape[1]
-    fired = (beta[:, :time] > config.threshold) & batch.valid
-    codes, goals = mu[:, :time][fired], batch.subgoal[fired]
-    half = len(codes) // 2
-    kinds = range(len(gridworld.SUBGOALS[config.subgoals]))
-    centroids = torch.stack([codes[:half][goals[:half] == k].mean(0) for k in kinds])
-    accuracy = (torch.cdist(codes[half:], centroids).argmin(1) == goals[half:]).float().mean().item()
-    first = torch.tensor([colours[0] for colours in gridworld.SUBGOALS[config.subgoals]], device=codes.device)
-    places = WORLDS[config.task].places(batch.observation[:, :time], config.size)  # [B, T, N+1]
-    target, agent = places.gather(2, first[batch.subgoal][..., None])[..., 0], places[..., -1]
-    offset = torch.stack([target // config.size - agent // config.size, target % config.size - agent % config.size], -1)[fired]
-    return {"goal_accuracy": accuracy, "r2_direction": explained_variance(codes, offset.float()),
-            "r2_distance": explained_variance(codes, offset.abs().sum(-1, keepdim=True).float())}
+def raw_rl(run, base):
+    """The baseline: the same update on the base model's own actions, all of θ trained (App. C.5.3)."""
+    config, task, generator = run.config, post_task(run.config), run.generator("raw")
+    layouts, log_prob_of = layout_pool(run, generator), config.module.log_prob
+    model = copy.deepcopy(base).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    updates = math.ceil(config.rl_episodes / config.rl_batch)
+    for step in run.steps("raw", updates, generator, optimizer, unit=1, reports=50, model=model):
+        episodes, loss, old = play(config, model, new_game(config, layouts(), task), generator), 0.0, None
+        advantage, mask, action = advantages(episodes.success), episodes.valid, episodes.action
+        for rows in minibatches(episodes.success, generator):
+            if old is None:
+                with torch.no_grad():
+                    old = log_prob_of(model(episodes.observation[:, :-1]), action)  # [B, T]
+            log_prob = log_prob_of(model(episodes.observation[rows, :-1]), action[rows])
+            loss = clipped_surrogate(log_prob, old[rows], advantage[rows], mask[rows])
+            descend(loss, optimizer, config.raw_lr)
+        step.log(method="raw", episodes=(step.number + 1) * config.rl_batch, loss=loss,
+                 success=episodes.success.mean(), length=episodes.length.float().mean())
+    return frozen(model)
+
+# ═══════════════════════════ Nothing below is needed to understand the method ═══════════════════════════
+
+# ========================================================================================== Checkpoints
+
+STAGES = {  # name → all the stages that it builds on, or shares settings with
+    "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"],
+    "discover": ["pretrain", "audition"], "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"]}
+EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
+    "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
+    "bar codes", "bar plays", "film layouts", "film plays", "gate trajectories", "gate proposals"), start=1)}
 
 
-def held_codes(config, base, meta, codes, layouts, generator):
-    """Which colour does each code reach first when it is held for a whole episode? codes [n, Z], m layouts for every code
-    → counts [n, O+1], the last column for episodes that reach none."""
-    repeated = layouts[torch.arange(len(layouts)).repeat(len(codes))]
-    each = codes.repeat_interleave(len(layouts), 0)
-    control = InternalControl(config, meta, lambda e, games: each[games], len(each), hold=True)
-    episodes = play(config, base, repeated, [0], generator, control)  # in a task of one visit the first colour ends the game
-    first = episodes.first.view(len(codes), -1) % (config.colours + 1)  # −1 → O
-    return F.one_hot(first, config.colours + 1).sum(1)
+def refuse(message):
+    """Bad input: one line on stderr, exit status 2."""
+    print(f"internal_rl.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
-# ================================================================================================================== stages
+
+class Step:
+    """Training step `number` of `count`; progress 0 … 1; `due` at the end of a round that is reported."""
+
+    def __init__(self, number, count, due, metrics):
+        self.number, self.count, self.due, self.metrics = number, count, due, metrics
+        self.progress = min(1, number / count)
+
+    def log(self, **metrics):
+        """Floats and tensors are averaged over the round; of everything else the last one counts."""
+        for name, value in metrics.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            self.metrics.setdefault(name, []).append(value)
+
 
 class Run:
     """One run's folder, device and settings: config.json, metrics.jsonl, a checkpoint a stage, figures."""
 
     def __init__(self, config, folder, device, data="data"):
-        self.config, self.folder, self.device, self.data, self.stop = config, Path(folder), device, Path(data), None
-
-    @functools.cache
-    def stored(self, noise):
-        """The expert trajectories kept on disk, made if missing, or None where the settings ask for fresh ones."""
-        if self.config.trajectories == 0:
-            return None
-        try:
-            return StoredEpisodes(self.config, self.data / f"{self.config.task}-s{self.config.seed}-noise{noise:g}", noise)
-        except ValueError as error:
-            refuse(error)
+        self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
+        self.stop = None  # the number of the signal that asked for it
 
     def generator(self, stage):
-        """Training data and noise of one stage; evaluation uses seeds below 10,000, which no stage ever has."""
-        return torch.Generator(self.device).manual_seed(10_000 * (self.config.seed + 1) + list(STAGES).index(stage))
+        """Draws of a stage's training data and noise."""
+        seed = 10_000 * (self.config.seed + 1) + list(STAGES).index(stage)
+        return torch.Generator(self.device).manual_seed(seed)
 
-    def evaluation_generator(self, number=1):
-        return torch.Generator(self.device).manual_seed(number)
+    def evaluation(self, purpose):
+        """A generator that is the same in every run, and that no training uses."""
+        return torch.Generator(self.device).manual_seed(EVALUATION_SEEDS[purpose])
+
+    def layouts(self, n, purpose="layouts"):
+        return draw_layouts(self.config, n, self.evaluation(purpose))
+
+    @functools.cache
+    def held_out(self, noise=0.0):
+        """Expert trajectories that no stage trains on."""
+        module, generator = self.config.module, self.evaluation("held-out trajectories")
+        return module.expert_batch(self.config, module.LOOK["trajectories"], generator, noise)
+
+    def steps(self, stage, count, generator, optimizer, unit=ROUND, reports=12, **modules):
+        """Yields a stage's training steps, from where it stopped; none if it is finished.
+
+        The modules, the optimizer and the generator are all of its state. It is saved, and a stop is obeyed,
+        between rounds of `unit` steps, so that a resumed stage does exactly what it would have done.
+        """
+        unit = min(unit, count)
+        rounds, saved, done, before, lines = math.ceil(count / unit), self.load(stage), 0, 0.0, []
+        if saved is not None:
+            for name, module in modules.items():
+                module.load_state_dict(saved["modules"][name])
+            done, before, lines = saved["steps"] // unit, saved["seconds"], saved["lines"]
+            if done == rounds:
+                print(f"{stage}: finished before, reused", flush=True)
+                return
+            if saved["device"] != self.device.type:
+                refuse(f"{self.path(stage)} was begun on {saved['device']}: go on there or change --out")
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["generator"])
+            print(f"{stage}: resumed after {done * unit} of {rounds * unit} steps", flush=True)
+        self.log(stage, lines)  # what was written after the checkpoint will be written again
+        started = last_save = time.time()
+        while done < rounds:
+            metrics, last = {}, done + 1 == rounds
+            due = last or (done + 1) % max(1, rounds // reports) == 0
+            for i in range(unit):
+                yield Step(done * unit + i, count, due and i == unit - 1, metrics)
+            done += 1
+            spent = before + time.time() - started
+            for name, values in metrics.items():
+                averaged = isinstance(values[-1], (float, torch.Tensor))
+                metrics[name] = float(sum(values) / len(values)) if averaged else values[-1]
+                if ("loss" in name or name in ("nll", "kl")) and not math.isfinite(metrics[name]):
+                    kept = self.path(stage) if self.path(stage).exists() else "none yet"
+                    print(f"internal_rl.py: {stage}: {name} is not finite at step {done * unit}; "
+                          f"last good checkpoint: {kept}", file=sys.stderr)
+                    raise SystemExit(1)
+            if due:
+                lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
+                self.log(stage, lines)
+                shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+                print(f"{stage} {done * unit}/{rounds * unit}", *shown,
+                      f"| {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
+            if self.stop is not None or last or time.time() - last_save > 60:
+                states = {name: module.state_dict() for name, module in modules.items()}
+                more = {} if last else dict(optimizer=optimizer.state_dict(), generator=generator.get_state())
+                self.save(stage, steps=done * unit, seconds=spent, lines=lines, device=self.device.type,
+                          modules=states, **more)
+                last_save = time.time()
+            if self.stop is not None and not last:
+                print(f"\nstopped in {stage} after step {done * unit} of {rounds * unit}; saved "
+                      f"{self.path(stage)}. The same command goes on from there.")
+                raise SystemExit(128 + self.stop)
 
     def path(self, stage):
         return self.folder / f"{stage}.pt"
-
-    def log(self, **line):
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def metrics(self):
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]  # a killed run may have left half a line
-
-    def rewind_log(self, stage, step):
-        """Forgets what `stage` wrote after `step`: it will be written again."""
-        kept = [line for line in self.metrics() if line["stage"] != stage or line["step"] <= step]
-        temporary = self.folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.folder / "metrics.jsonl")
 
     def save(self, stage, **content):
         temporary = self.path(stage).with_suffix(".tmp")
@@ -989,229 +860,109 @@ class Run:
         os.replace(temporary, self.path(stage))
 
     def load(self, stage):
-        """The checkpoint of `stage`, or None. Refuses (exit 2) a damaged one and one made with other settings."""
+        """The checkpoint of `stage`, or None. Refuses a damaged one and one made with other settings."""
         path = self.path(stage)
         if not path.exists():
             return None
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             theirs = saved["config"]
         except Exception as error:  # torch raises many kinds for a damaged file
             refuse(f"{path} cannot be read ({type(error).__name__}); delete it to train this stage again")
-        needed = {stage, *STAGES[stage]}
-        for setting in fields(Settings):
-            mine = getattr(self.config, setting.name)
-            if setting.metadata["stages"] & needed and theirs.get(setting.name) != mine:
-                refuse(f"{path} was made with {setting.name}={theirs.get(setting.name)}, not {mine}; choose another --out or delete it")
+        for s in fields(self.config):
+            its, mine = theirs.get(s.name), getattr(self.config, s.name)
+            if s.metadata["stages"] & {stage, *STAGES[stage]} and its != mine:
+                refuse(f"{path} was made with {s.name}={its}, not {mine}; choose another --out or delete it")
         return saved
 
+    def metrics(self):
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-def refuse(message):
-    print(f"internal_rl.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    def log(self, stage, lines):
+        """Puts the lines of `stage` into metrics.jsonl, in place of what it may have written before."""
+        others = [line for line in self.metrics() if line["stage"] != stage]
+        temporary = self.folder / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*others, *lines]))
+        os.replace(temporary, self.folder / "metrics.jsonl")
 
+# ======================================================================================= Looking inside
 
-def learning_rate(peak, step, steps):
-    """200 steps of warm-up (a tenth of a short run), then a cosine down to 2% of the peak."""
-    # differs from the paper: larger rates that decay (--no-cosine for constant ones), because there are far fewer steps.
-    warm_up = min(200, steps // 10 + 1)
-    return peak * min(1, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def train(run, stage, modules, optimizers, generator, rounds, one_round, report_every, watch):
-    """Calls one_round(i) → metrics for i in 0 … rounds−1; reports, saves, resumes. All of a stage's state is in its arguments.
-
-    A round is the smallest unit: an interrupt is honoured, and a checkpoint written, between rounds only, so a resumed stage
-    repeats exactly what it would have done. Returns at once if the stage is finished.
-    """
-    saved = run.load(stage)
-    done, seconds, last_save, last_report = 0, 0.0, time.time(), 0
-    if saved is not None:
-        for name, module in modules.items():
-            module.load_state_dict(saved["modules"][name])
-        done, seconds = saved["round"], saved["seconds"]
-        if done == rounds:
-            print(f"{stage}: finished before, reused", flush=True)
-            return
-        if saved["device"] != run.device.type:
-            refuse(f"{run.path(stage)} was begun on {saved['device']}; finish it there or choose another --out")
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        generator.set_state(saved["generator"].cpu())
-        print(f"{stage}: resumed after {done} of {rounds} rounds", flush=True)
-    run.rewind_log(stage, done)
-    started = time.time()
-
-    def save():
-        to_go_on = {"optimizers": {k: o.state_dict() for k, o in optimizers.items()}, "generator": generator.get_state()} if done < rounds else {}
-        run.save(stage, modules={k: m.state_dict() for k, m in modules.items()}, round=done, device=run.device.type,
-                 seconds=seconds + time.time() - started, **to_go_on)
-
-    while done < rounds:
-        metrics = one_round(done)
-        if not all(math.isfinite(x) for k, x in metrics.items() if "loss" in k or k in ("nll", "kl")):
-            at = f"the last good checkpoint is {run.path(stage)}" if run.path(stage).exists() else "there is no checkpoint yet"
-            print(f"internal_rl.py: {stage}: the loss is not finite at round {done + 1}; {at}", file=sys.stderr)
-            raise SystemExit(1)
-        done += 1
-        if done % report_every == 0 or done == rounds:
-            spent = seconds + time.time() - started
-            metrics = {**metrics, **(watch(done) if watch else {})}
-            run.log(stage=stage, step=done, time_s=round(spent, 2), **metrics)
-            shown = " ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-            print(f"{stage} {done}/{rounds} {shown} | {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
-        if run.stop is not None or done == rounds or time.time() - last_save > 60:
-            save()
-            last_save = time.time()
-        if run.stop is not None and done < rounds:
-            print(f"\nstopped in {stage} after round {done} of {rounds}; saved {run.path(stage)}. The same command goes on from there.")
-            raise SystemExit(128 + run.stop)
-
-
-def supervised(run, stage, modules, parameters, peak, steps, loss_of, noise=0.0, watch=None, constant=False, share=None):
-    """Trains `parameters` on expert batches with AdamW. loss_of(batch, step, generator) → (loss, {metric: value}).
-    One round is a pool of batches, dealt out by length. `constant`: the learning rate does not change. With config.thin < 1 the
-    batches are `thinned`: of the steps that enter no cell share(progress) is kept, progress in 0 … 1, or config.thin."""
-    config, generator, pool = run.config, run.generator(stage), min(16, steps)
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=config.weight_decay)
-    batch_size = config.pretrain_batch if stage == "pretrain" else config.discover_batch
-
-    def one_round(i):
-        totals = {}
-        for j, batch in enumerate(expert_batches(config, batch_size, generator, noise, pool, run.stored(noise))):
-            step = i * pool + j
-            for group in optimizer.param_groups:
-                group["lr"] = peak if constant or not config.cosine else learning_rate(peak, step, steps)
-            if config.thin < 1:
-                batch = thinned(config, batch, share(min(1, step / steps)) if share else config.thin, generator)
-            loss, parts = loss_of(batch, step, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            for name, value in {"loss": loss.item(), **parts}.items():
-                totals[name] = totals.get(name, 0.0) + value / pool
-        return totals
-
-    rounds = math.ceil(steps / pool)
-    train(run, stage, modules, {"adamw": optimizer}, generator, rounds, one_round, max(1, rounds // 12), watch)
-
-
-def frozen(module):
-    return module.requires_grad_(False).eval()
-
-
-def held_out_batch(run, n, noise=0.0):
-    """n expert trajectories that no stage trains on; of the ant, whose episodes are ten times as long, a quarter."""
-    return expert_batch(run.config, n // 4 if run.config.task == "ant" else n, run.evaluation_generator(), noise)
-
-
-def evaluation_layouts(run, n, number=2):
-    return draw_layouts(run.config, n, run.evaluation_generator(number))
-
-
-def solved(run, base, control=None):
-    """Which of config.evaluation fixed layouts are solved on the post-training task; `control` as in `play`: [n] 0/1"""
-    task = gridworld.parse_task(run.config.post_task, run.config.colours)
-    return play(run.config, base, evaluation_layouts(run, run.config.evaluation), task, run.evaluation_generator(3), control).success
-
-
-def pretrain(run):
-    """Stage 1: the base model predicts the expert's actions."""
-    config = run.config
+def audition(run, base):
+    """Stage 4, first part: several metacontrollers start without KL; returns the one whose held codes most
+    consistently reach one colour. What codes come to mean is decided early and by chance."""
+    # differs from the paper: a choice among metacontrollers, by their codes.
+    config, generator = run.config, run.generator("audition")
     torch.manual_seed(config.seed)
-    base = Base(config).to(run.device)
-    print(f"pretrain: base model with {sum(p.numel() for p in base.parameters()):,} parameters", flush=True)
-    floor = action_floor(run)
-    held_out = held_out_batch(run, 1024, config.noise)
-
-    def loss_of(batch, step, generator):
-        # differs from the paper: bfloat16 matrix products (--no-bf16 for float32), because they are faster on recent CPUs.
-        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-            loss, action_part = pretraining_loss(config, base, batch)
-        return loss, {"nll": action_part.item()}
-
-    @torch.no_grad()
-    def watch(done):
-        loss, nll = pretraining_loss(config, base, held_out)
-        return {"eval_loss": loss.item(), "eval_nll": nll.item(), "gap": nll.item() - floor}
-
-    supervised(run, "pretrain", {"base": base}, list(base.parameters()), config.pretrain_lr, config.pretrain_steps, loss_of,
-               config.noise, watch, share=lambda progress: rising_share(config, progress))
-    return frozen(base)
+    metas = nn.ModuleList(Metacontroller(config) for _ in range(config.candidates)).to(run.device)
+    if config.audition_steps > 0:
+        optimizer = torch.optim.AdamW(metas.parameters(), weight_decay=config.control_decay)
+        data = ExpertData(run, config.discover_batch, 0.0, generator)
+        for step in run.steps("audition", config.audition_steps, generator, optimizer, metas=metas):
+            worlds = two_worlds(config, base, data.batch(None), generator)
+            nlls = [discovery_loss(config, base, meta, worlds, 0.0, generator)[0] for meta in metas]
+            descend(sum(nlls), optimizer, config.discover_lr)
+            step.log(loss=sum(nlls), **{f"nll_{i}": nll for i, nll in enumerate(nlls)})
+    if config.candidates == 1:
+        return metas[0]
+    shares = [held_share(run, base, meta)["held_share"] for meta in metas]
+    print("audition: consistency of the codes", " ".join(f"{x:.3f}" for x in shares), flush=True)
+    return metas[int(np.argmax(shares))]
 
 
-def action_floor(run):
-    """NLL of the best possible predictor, nats per action. Grid: the exact task-blind one on the held-out trajectories. Ant: the
-    entropy of the noise on the expert's torques, as if the task were known."""
-    config, generator = run.config, run.evaluation_generator()
-    if config.task == "ant":
-        return ant_tasks.ACTION * (math.log(max(config.noise, 1e-3)) + 0.5 * math.log(2 * math.pi * math.e))
-    tasks, _ = (x.to(run.device) for x in gridworld.pretraining_tasks(config.subgoals))
-    layouts = draw_layouts(config, 1024, generator)
-    own = torch.randint(len(tasks), (1024,), generator=generator, device=run.device)
-    paths = gridworld.expert_paths(layouts, config.size, tasks[own], config.max_steps, generator, config.noise)
-    return gridworld.bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.noise)[0]
+def gate_scores(beta, batch, tolerance):
+    """Precision and recall of open gates against true changes of subgoal, ± `tolerance` steps; the first step
+    opens by construction and does not count. β [B, T+1] → two numbers, nan if there is nothing to score."""
+    valid = batch.valid[:, 1:]
+    true = (batch.subgoal[:, 1:] != batch.subgoal[:, :-1]) & valid
+    opened = (beta[:, 1:-1] > THRESHOLD) & valid
+    near = lambda x: F.max_pool1d(x[:, None].float(), 2 * tolerance + 1, 1, tolerance)[:, 0] > 0
+    hits, found = opened & near(true), true & near(opened)
+    return (hits.sum() / opened.sum()).item(), (found.sum() / true.sum()).item()
 
 
-def probe(run, base):
-    """Stage 2: in which layer can the hidden subgoal be read linearly? (Fig. 3, A1)"""
-    config = run.config
-    probe, held_out = Probe(config).to(run.device), held_out_batch(run, 1024)
-
-    def of_batch(batch):
-        with torch.no_grad():
-            residuals = base.residuals(batch.observation[:, :-1])[:, batch.valid]  # [L+1, n, C]
-        # differs from the paper: each layer's stream at unit scale, so that one learning rate suits all of them.
-        return probe(F.layer_norm(residuals, residuals.shape[-1:])), batch.subgoal[batch.valid]
-
-    def loss_of(batch, step, generator):
-        logits, goal = of_batch(batch)
-        return F.cross_entropy(logits.flatten(0, 1), goal.repeat(len(logits))) * len(logits), {}
-
-    @torch.no_grad()
-    def watch(done):
-        logits, goal = of_batch(held_out)
-        return {"probe_accuracy": [round(x, 4) for x in (logits.argmax(-1) == goal).float().mean(1).tolist()]}
-
-    supervised(run, "probe", {"probe": probe}, list(probe.parameters()), config.probe_lr, config.probe_steps, loss_of, watch=watch)
+def explained_variance(x, y):
+    """R² of a linear read-out of y [n, D] from x [n, Z], fitted on half of the rows, scored on the other."""
+    x, y = torch.cat([x, torch.ones_like(x[:, :1])], 1).cpu().double(), y.cpu().double()
+    half = len(x) // 2
+    residual = y[half:] - x[half:] @ torch.linalg.lstsq(x[:half], y[:half]).solution
+    return round(1 - (residual.var(0).sum() / y[half:].var(0).sum()).item(), 4)  # more digits vary
 
 
-def steer(run, base):
-    """Stage 3: controllers trained with the true subgoal, activated in the order of the post-training task (Fig. 4)."""
-    config = run.config
-    torch.manual_seed(config.seed)
-    controllers = LabelledControllers(config).to(run.device)
-
-    def loss_of(batch, step, generator):
-        with torch.no_grad():
-            e = base.lower(batch.observation[:, :-1])
-        loss = action_loss(base.upper(controllers(e, batch.subgoal)), batch)
-        return loss, {"nll": loss.item()}
-
-    supervised(run, "steer", {"controllers": controllers}, list(controllers.parameters()), config.steer_lr, config.steer_steps, loss_of)
-    return controllers
-
-
-def subgoal_order(config, device):
-    """The subgoal that each visit of the post-training task belongs to: [V]"""
-    subgoal_of = {colour: i for i, colours in enumerate(gridworld.SUBGOALS[config.subgoals]) for colour in colours}
-    return torch.tensor([subgoal_of[colour] for colour in gridworld.parse_task(config.post_task, config.colours)], device=device)
+def code_scores(config, mu, beta, batch):
+    """What do the codes at open gates mean? Share of subgoals that a nearest-centroid read-out of μ gets
+    right (chance 1/K), R² of a linear one of displacement and distance to the subgoal's first colour."""
+    opened, size = (beta[:, :-1] > THRESHOLD) & batch.valid, config.size
+    codes, goals = mu[:, :-1][opened], batch.subgoal[opened]
+    half = len(codes) // 2
+    centroids = torch.stack([codes[:half][goals[:half] == k].mean(0) for k in range(gridworld.SUBGOALS)])
+    accuracy = (torch.cdist(codes[half:], centroids).argmin(1) == goals[half:]).float().mean().item()
+    places = config.module.places(batch.observation[:, :-1], size)[opened]  # [n, N+1]
+    target = places.gather(1, goals[:, None] * gridworld.SUBGOAL_SIZE[config.subgoals])[:, 0]
+    rows, columns = target // size - places[:, -1] // size, target % size - places[:, -1] % size
+    offset = torch.stack([rows, columns], -1).float()
+    return {"goal_accuracy": accuracy, "r2_direction": explained_variance(codes, offset),
+            "r2_distance": explained_variance(codes, offset.abs().sum(-1, keepdim=True))}
 
 
-def alpha_at(config, step):
-    """α: 0 for a while, then up to its value."""
-    # differs from the paper: not constant, because with α > 0 from the start the codes collapse before they mean anything.
-    progress = step / config.discover_steps
-    return config.alpha * min(1.0, max(0.0, (progress - config.alpha_free) / max(config.alpha_ramp, 1e-9)))
+def held_codes(run, base, meta, codes, layouts, generator):
+    """Which colour does each of codes [n, Z] reach first, held for a whole episode in each of the layouts?
+    → counts [n, O+1], the last column for episodes that reach none."""
+    config, each = run.config, codes.repeat_interleave(len(layouts), 0)
+    game = new_game(config, layouts[torch.arange(len(layouts)).repeat(len(codes))], [0])  # one visit ends it
+    held = CodeIntervention(config, meta, lambda e, games: each[games], len(each), hold=True)
+    play(config, base, game, generator, held)
+    first = game.first.view(len(codes), -1) % (config.colours + 1)  # −1, none, becomes O
+    return F.one_hot(first, config.colours + 1).sum(1)
 
 
 def held_share(run, base, meta):
-    """32 random codes, each held in 64 layouts (the ant's in 32): how often does a code reach its favourite colour first? The favourite is
-    found on one half of the layouts and scored on the other. Needs no hidden label: visits can be seen."""
-    generator, many = run.evaluation_generator(5), run.config.evaluation // (64 if run.config.task == "ant" else 32)
-    codes = torch.randn(32, run.config.n_z, generator=generator, device=run.device)
-    find, score = (held_codes(run.config, base, meta, codes, evaluation_layouts(run, many, number), generator) for number in (6, 7))
+    """How often does a random code, held, reach its favourite colour first? The favourite is found in half of
+    the layouts and scored in the others. Needs no hidden label: visits can be seen."""
+    generator, n = run.evaluation("codes"), run.config.module.LOOK["layouts"]
+    codes = torch.randn(32, N_Z, generator=generator, device=run.device)
+    find, score = (held_codes(run, base, meta, codes, run.layouts(n, purpose), generator)
+                   for purpose in ("find layouts", "score layouts"))
     favourite = find[:, :-1].argmax(1)
     share = score.gather(1, favourite[:, None])[:, 0] / score.sum(1)
     return {"held_share": share.mean().item(), "held_colours": len(favourite.unique())}
@@ -1219,386 +970,218 @@ def held_share(run, base, meta):
 
 @torch.no_grad()
 def inspect_codes(run, base, meta):
-    """Gates and codes on held-out trajectories: gate precision and recall, what the codes mean, what they do when held."""
-    config, generator = run.config, run.evaluation_generator(4)
-    batch = held_out_batch(run, 512)
-    _, beta, mu, _ = meta(base.meta_input(batch.observation), batch.length, generator)
-    precision, recall = gate_scores(beta, batch, config.threshold, config.tolerance)
+    """Gates and codes on held-out trajectories: precision, recall, what codes mean and do when held."""
+    config, batch = run.config, run.held_out()
+    e, proposals = meta_input(config, base, batch.observation), run.evaluation("proposals")
+    _, beta, mu, _ = meta(e, batch.length, proposals)
+    precision, recall = gate_scores(beta, batch, config.tolerance)
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
             **held_share(run, base, meta)}
 
+# ============================================================================================== Figures
 
-def transplant(run, base, meta):
-    """Codes that were active when a colour was reached in one layout, injected into others (App. B.3.2).
-
-    transplant: a code from step 30 on (grid: step 2); share of the episodes then still running that reach its colour first.
-    withheld: a code of 0 from the start and, once 0 is reached, one of 1; share of the episodes that reach 0 first in which 1 comes
-    next, which never happens in the data. …_without: the same without the (last) code. Empty if some colour is never reached.
-    """
-    config, generator, moment = run.config, run.evaluation_generator(12), 30 if run.config.task == "ant" else 2
-    n = config.evaluation // 4
-    prior = InternalControl(config, meta, lambda e, games: torch.randn(len(e), config.n_z, generator=generator, device=e.device), 4 * n)
-    first = play(config, base, evaluation_layouts(run, 4 * n, 13), [0], generator, prior).first
-    found = [prior.z[first == colour] for colour in range(config.colours)]
-    if min(len(codes) for codes in found) == 0:
-        return {}
-
-    def some(colour):
-        codes = found[colour]
-        return codes[torch.randint(len(codes), (), generator=generator, device=run.device)]
-
-    def rate(task, codes, active, counts):
-        def control(e, games, t):
-            stage = control.game.stage[games].to(e.device)
-            return torch.where(active(stage, t)[:, None], meta.control(e, codes[games, stage]), e)
-
-        episodes = play(config, base, evaluation_layouts(run, n, 14), task, run.evaluation_generator(15), control)
-        counted = counts(episodes)
-        return (episodes.success * counted).sum().item() / max(1, counted.sum().item())
-
-    target = torch.randint(config.colours, (n,), generator=generator, device=run.device).tolist()
-    codes = torch.stack([some(colour) for colour in target])[:, None]  # [n, 1, Z]
-    later = lambda stage, t: torch.full_like(stage, t >= moment, dtype=torch.bool)
-    always, never, at_first = (lambda stage, t: stage >= 0), (lambda stage, t: stage < 0), (lambda stage, t: stage == 0)
-    pairs = torch.stack([torch.stack([some(0), some(1)]) for _ in range(n)])  # [n, 2, Z]
-    still, arrived = (lambda episodes: episodes.length > moment), (lambda episodes: episodes.first == 0)
-    tasks = torch.tensor(target)[:, None]
-    return {"transplant": rate(tasks, codes, later, still), "transplant_without": rate(tasks, codes, never, still),
-            "withheld": rate([0, 1], pairs, always, arrived), "withheld_without": rate([0, 1], pairs, at_first, arrived)}
-
-
-def audition(run, base):
-    """Stage 4, first half: several metacontrollers start without KL; returns the one whose held codes most consistently mean one colour.
-
-    What a code comes to mean, the subgoal or only its distance, is decided early and by chance.
-    """
-    # differs from the paper: selection among metacontrollers by their codes, where the paper selects by the success of RL (the ant: one
-    # candidate, no selection).
-    config = run.config
-    torch.manual_seed(config.seed)
-    metas = nn.ModuleList(Metacontroller(config) for _ in range(config.candidates)).to(run.device)
-
-    def loss_of(batch, step, generator):
-        worlds = two_worlds(config, base, batch, generator)
-        losses = [discovery_loss(base, meta, *worlds, 0.0, generator)[0] for meta in metas]
-        return sum(losses), {f"nll_{i}": loss.item() for i, loss in enumerate(losses)}
-
-    supervised(run, "audition", {"metas": metas}, list(metas.parameters()), config.discover_lr, config.audition_steps, loss_of,
-               constant=True, share=lambda progress: 0)
-    if config.candidates == 1:
-        return metas[0]
-    shares = [held_share(run, base, meta)["held_share"] for meta in metas]
-    best = int(np.argmax(shares))
-    print("audition: consistency of the codes", " ".join(f"{share:.3f}" for share in shares), f"→ candidate {best}", flush=True)
-    return metas[best]
-
-
-def discover(run, base):
-    """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
-    config = run.config
-    meta = audition(run, base)
-    print(f"discover: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
-
-    def loss_of(batch, step, generator):
-        alpha = alpha_at(config, step)
-        loss, parts, beta = discovery_loss(base, meta, *two_worlds(config, base, batch, generator), alpha, generator)
-        return loss, {**parts, "alpha": alpha, "beta": beta[:, 1:-1][batch.valid[:, 1:]].mean().item()}
-
-    supervised(run, "discover", {"meta": meta}, list(meta.parameters()), config.discover_lr, config.discover_steps, loss_of,
-               watch=lambda done: inspect_codes(run, base, meta),
-               share=lambda progress: rising_share(config, progress))
-    return frozen(meta)
-
-
-def policy_std(config, progress):
-    """The policy's standard deviation falls linearly from std_start to std_end over the run."""
-    # differs from the paper: scheduled instead of learned, because a learned one shrinks before anything is found; it starts wider than
-    # the prior, because typical codes are too weak to overrule the base model's belief that a withheld transition never happens.
-    return config.std_start + (config.std_end - config.std_start) * progress
-
-
-def reinforcement(run, base, meta, method):
-    """Stage 5: 'internal' trains a policy over codes, 'raw' the base model itself; the same episodes and update (Fig. 8)."""
-    config, stage = run.config, "rl" if method == "internal" else "raw"
-    torch.manual_seed(config.seed)
-    task = gridworld.parse_task(config.post_task, config.colours)
-    generator = run.generator(stage)
-    pool = draw_layouts(config, 16 * config.rl_batch, generator)
-    rounds = math.ceil(config.rl_episodes / config.rl_batch)
-    if method == "internal":
-        learner, rate = Policy(config).to(run.device), config.rl_lr
-    else:
-        learner, rate = copy.deepcopy(base).requires_grad_(True), config.raw_lr
-    # differs from the paper: no weight decay, so that a batch without any reward leaves the parameters as they are.
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=0)
-
-    def one_round(i):
-        layouts = pool[torch.randint(len(pool), (config.rl_batch,), generator=generator, device=run.device).to(pool.agent.device)]
-        if method == "internal":
-            metrics = internal_rl_round(config, base, meta, learner, optimizer, layouts, task, policy_std(config, i / rounds), generator)
-        else:
-            metrics = raw_rl_round(config, learner, optimizer, layouts, task, generator)
-        return {"method": method, "episodes": (i + 1) * config.rl_batch, **metrics}
-
-    train(run, stage, {"learner": learner}, {"adamw": optimizer}, generator, rounds, one_round, max(1, rounds // 50), None)
-    return frozen(learner)
-
-
-def acting_control(run, meta, policy, batch):
-    """InternalControl by the policy's mean codes."""
-    actor = PolicyActor(run.config, policy, batch, 0.0, run.evaluation_generator(5))
-    return InternalControl(run.config, meta, actor, batch)
-
-
-# ======================================================================================================== bench and figures
-
-def bench(run):
-    """Speed of one discovery step, one cached acting step and the batched environment, on one thread."""
-    torch.set_num_threads(1)
-    config = replace(run.config, size=7, colours=8, walls=4, subgoals="pairs", view="absolute", width=128, layers=4, heads=4, mlp=256,
-                     rank=16, n_z=8, mirror=False, embedded=False, swap=False)
-    generator = run.evaluation_generator()
-    base, meta = frozen(Base(config).to(run.device)), Metacontroller(config).to(run.device)
-    batch = expert_batch(config, 64, generator)
-    time_ = 32  # exactly T = 32: cut or padded
-    fit = lambda x, n: torch.cat([x[:, :n], x[:, -1:].expand(-1, max(0, n - x.shape[1]), *x.shape[2:])], 1)
-    batch = Batch(fit(batch.observation, time_ + 1), fit(batch.action, time_), fit(batch.subgoal, time_),
-                  torch.full_like(batch.length, time_))
-    optimizer = torch.optim.AdamW(meta.parameters())
-
-    def discovery_step():
-        loss, _, _ = discovery_loss(base, meta, *two_worlds(config, base, batch, generator), 0.1, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    actor = lambda e, games: torch.randn(len(games), config.n_z, generator=generator, device=run.device)
-
-    @torch.no_grad()
-    def acting_steps():
-        control, cache, games = InternalControl(config, meta, actor, 64), base.new_cache(), torch.arange(64, device=run.device)
-        for t in range(time_):
-            e = base.lower(batch.observation[:, t:t + 1], cache)[:, 0]
-            base.upper(control(e, games, t)[:, None], cache).softmax(-1)
-
-    layouts = gridworld.draw_layouts(8192, 5, 4, 1, generator)
-    game = gridworld.Game(layouts, 5, [0, 1, 2, 3], 60)
-    actions = torch.randint(4, (100, 8192), generator=generator, device=run.device)
-
-    def environment_steps():
-        for action in actions:
-            game.step(action)
-            game.reset(game.done)
-
-    def seconds(work, repeats=5):
-        work()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[repeats // 2]
-
-    result = {"discovery_step_ms": 1e3 * seconds(discovery_step), "acting_step_ms": 1e3 * seconds(acting_steps) / time_,
-              "environment_million_steps_per_s": actions.numel() / seconds(environment_steps) / 1e6}
-    for name, value in result.items():
-        print(f"bench: {name} {value:.2f}")
-
-
-def figures(run, base, meta, policy):
-    """All pictures, from the checkpoints and metrics.jsonl."""
+def figures(run, base, meta, policy, accuracy):
+    """All pictures, from the trained modules, the probe's accuracies and the curves in metrics.jsonl."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation, PillowWriter
 
-    config, palette = run.config, [tuple(c / 255) for c in gridworld.PALETTE]
-    task = gridworld.parse_task(config.post_task, config.colours)
+    config, module, palette = run.config, run.config.module, gridworld.PALETTE / 255
 
     def finish(name):
         plt.tight_layout()
         plt.savefig(run.folder / name, dpi=110)
         plt.close()
 
-    # Gates over true subgoals (Fig. A3)
-    batch = expert_batch(config, 24 if config.task == "ant" else 6, run.evaluation_generator(6))  # the ant's expert fails at times
+    # Gates over subgoals (Fig. A3)
+    batch = module.expert_batch(config, 24, run.evaluation("gate trajectories"))
     with torch.no_grad():
-        _, beta, _, _ = meta(base.meta_input(batch.observation), batch.length, run.evaluation_generator(7))
-    figure, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
-    for i, axis in enumerate(axes):
-        steps = int(batch.length[i])
-        changes = [0, *((batch.subgoal[i, 1:steps] != batch.subgoal[i, :steps - 1]).nonzero()[:, 0] + 1).tolist(), steps]
-        for t, following in zip(changes, changes[1:]):
-            axis.axvspan(t - 0.5, following - 0.5, color=palette[int(batch.subgoal[i, t])], alpha=0.35, lw=0)
-        axis.step(range(steps), beta[i, :steps].cpu(), where="mid", color="black")
+        e = meta_input(config, base, batch.observation)
+        _, beta, _, _ = meta(e, batch.length, run.evaluation("gate proposals"))
+    _, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
+    for axis, steps, subgoal, gate in zip(axes, batch.length.tolist(), batch.subgoal.tolist(), beta.cpu()):
+        for t in range(steps):
+            axis.axvspan(t - 0.5, t + 0.5, color=palette[subgoal[t]], alpha=0.35, lw=0)
+        axis.step(range(steps), gate[:steps], where="mid", color="black")
         axis.set(ylim=(-0.05, 1.05), yticks=[0, 1], ylabel="β")
     axes[0].set_title("Switch gate β over the expert's hidden subgoal (background colour)")
     axes[-1].set_xlabel("step")
     finish("gates.png")
 
-    # Probe accuracy by layer (Fig. 3, A1)
-    accuracy = last_metric(run, "probe", "probe_accuracy")
-    plt.figure(figsize=(5, 3))
-    plt.plot(range(len(accuracy)), accuracy, "o-", color="black")
-    plt.axvline(base.split, ls=":", color="gray")
-    plt.xticks(range(len(accuracy)))
-    plt.xlabel("layer l (dotted: control layer)")
-    plt.ylabel("subgoal accuracy of a linear probe")
+    # Probe (Fig. 3, A1)
+    _, axis = plt.subplots(figsize=(5, 3))
+    axis.plot(accuracy, "o-", color="black")
+    axis.axvline(base.split, ls=":", color="gray")
+    axis.set(xticks=range(len(accuracy)), xlabel="layer l (dotted: control layer)", ylabel="probe's accuracy")
     finish("probe.png")
 
-    # Success curves (Fig. 8, A5)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for method, colour in (("internal", palette[1]), ("raw", palette[0])):
+    # Success (Fig. 8, A5)
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for method, name, colour in (("internal", "internal", palette[1]), ("raw", module.RAW, palette[0])):
         lines = [line for line in run.metrics() if line.get("method") == method]
-        episodes, success = [line["episodes"] / 1000 for line in lines], np.array([line["success"] for line in lines])
-        axes[0].plot(episodes, success, color=colour, label={"internal": "internal RL", "raw": f"{RAW[config.task]} RL"}[method])
+        episodes = [line["episodes"] / 1000 for line in lines]
+        success = np.array([line["success"] for line in lines])
+        axes[0].plot(episodes, success, color=colour, label=f"{name} RL")
         axes[1].semilogy(episodes, success.clip(min=0.5 / config.rl_batch), color=colour)
     axes[0].set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
     axes[1].set(xlabel="thousand episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
     axes[0].legend()
     finish("success.png")
 
-    # Codes → first colour reached
-    codes = torch.randn(32, config.n_z, generator=run.evaluation_generator(8), device=run.device)
-    reached = held_codes(config, base, meta, codes, evaluation_layouts(run, config.evaluation // (32 if config.task == "ant" else 16)),
-                         run.evaluation_generator(9)).cpu().float()
-    reached = reached / reached.sum(1, keepdim=True)
-    order = (reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()
-    plt.figure(figsize=(8, 3))
-    bottom = np.zeros(len(codes))
+    # What held codes reach
+    codes = torch.randn(32, N_Z, generator=run.evaluation("bar codes"), device=run.device)
+    layouts = run.layouts(2 * module.LOOK["layouts"])
+    reached = held_codes(run, base, meta, codes, layouts, run.evaluation("bar plays")).cpu() / len(layouts)
+    reached = reached[(reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()].numpy()
+    _, axis = plt.subplots(figsize=(8, 3))
     for k in range(config.colours + 1):
-        share = reached[order, k].numpy()
-        plt.bar(range(len(codes)), share, bottom=bottom, color=palette[k] if k < config.colours else "lightgray", width=0.9,
-                label=f"colour {k}" if k < config.colours else "none")
-        bottom += share
-    plt.xlabel("random code z ~ N(0, I), held for a whole episode")
-    plt.ylabel("first colour reached")
-    plt.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncol=config.colours + 1, frameon=False)
+        shade, label = (palette[k], f"colour {k}") if k < config.colours else ("lightgray", "none")
+        axis.bar(range(32), reached[:, k], bottom=reached[:, :k].sum(1), color=shade, width=0.9, label=label)
+    axis.set(xlabel="random code z ~ N(0, I), held for a whole episode", ylabel="first colour reached")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncol=config.colours + 1, frameon=False)
     finish("codes.png")
 
-    # A shortest solved episode of internal RL, if there is one: film strip and animation
-    layouts = evaluation_layouts(run, 64, number=10)
-    control = acting_control(run, meta, policy, len(layouts))
-    episodes = play(config, base, layouts, task, run.evaluation_generator(11), control)
-    best = int((episodes.success * 1000 - episodes.length).argmax())  # a shortest success, if there is any
-    fired, steps = [], int(episodes.length[best])
-    for games, _, switched in control.trace[:steps]:
-        fired.append(bool(switched[games == best][0]))
-    segment = np.cumsum(fired)  # which code is in force at each step
-
-    def frame(t):
-        return WORLDS[config.task].picture(episodes.observation[best, t], config.size, config.colours)
-
-    def title(t):
-        return "end" if t == steps else f"{t}: code {segment[t]}" + (" (new)" if fired[t] else "")
-
-    shown = sorted({*range(0, steps, math.ceil(steps / 15)), *np.flatnonzero(fired)[:9].tolist(), steps})
-    columns = min(8, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for t, axis in zip(shown, axes.flat):
-        axis.imshow(frame(t))
-        axis.set_title(title(t), fontsize=8, fontweight="bold" if t < steps and fired[t] else "normal")
-    finish("episode.png")
-
-    figure, axis = plt.subplots(figsize=(3, 3.3))
-    picture = axis.imshow(frame(0))
-    axis.axis("off")
-
-    def show(t):
-        picture.set_data(frame(t))
-        axis.set_title(title(t), fontweight="bold" if t < steps and fired[t] else "normal")
-        return [picture]
-
-    every, speed = (4, 10) if config.task == "ant" else (1, 2)
-    FuncAnimation(figure, show, frames=[*range(0, steps, every), steps]).save(run.folder / "episode.gif", writer=PillowWriter(fps=speed))
-    plt.close(figure)
+    # A shortest solved episode, if there is one
+    game = new_game(config, run.layouts(64, "film layouts"), post_task(config))
+    intervention = with_policy(run, meta, policy, 64)
+    episodes = play(config, base, game, run.evaluation("film plays"), intervention).to("cpu")
+    best = int((episodes.success * 1000 - episodes.length).argmax())
+    steps = int(episodes.length[best])
+    opened = [bool(is_open[games == best][0]) for games, _, is_open in intervention.trace[:steps]]
+    titles = [f"{t}: code {sum(opened[:t + 1])}" + " (new)" * opened[t] for t in range(steps)]
+    frames = [module.picture(x, config.size, config.colours) for x in episodes.observation[best, :steps + 1]]
+    gridworld.film(frames, [*titles, "end"], [*opened, False], run.folder / "episode", *module.LOOK["film"])
     print(f"figures: gates, probe, success, codes, episode in {run.folder}", flush=True)
 
+# ============================================================================================ Benchmark
 
-# ==================================================================================================================== main
+def bench(run):
+    """Time of a discovery step and a cached acting step (64 trajectories of 32 steps on the paper's grid, 4
+    blocks of 128), and of a million steps of the batched environment (8,192 games of 5×5), on one thread."""
+    torch.set_num_threads(1)
+    config = configure("gridworld", "quick", size=7, colours=8, walls=4, view="absolute", mirror=False)
+    generator, device = run.evaluation("held-out trajectories"), run.device
+    integers = lambda below, *shape: torch.randint(below, shape, generator=generator, device=device)
+    base, meta = frozen(Base(config).to(device)), Metacontroller(config).to(device)
+    optimizer, games = torch.optim.AdamW(meta.parameters()), torch.arange(64, device=device)
+    batch = gridworld.Trajectories(integers(49, 64, 33, 13), integers(4, 64, 32), 0 * games + 32, None)
+    game = gridworld.Game(gridworld.draw_layouts(8192, 5, 4, 1, generator), 5, [0, 1, 2, 3], 60)
 
-RAW = {"gridworld": "token-level", "ant": "raw-action"}
-EXPECT = {  # name → (what it is, medians of the quick preset's seeds: on the grid, with the ant)
-    "gap": ("base model above its floor (Bayes; ant: noise entropy), nats", "0.04", "1.4"),
-    "probe_best": ("linear probe of the hidden subgoal, best layer", "0.53", "0.42"),
-    "base_success": ("base model alone on the post-training task", "0", "0"),
-    "steer_success": ("labelled controllers on the post-training task", "0.75", "0.59"),
-    "gate_precision": ("gate precision, ±1 step (ant: ±3)", "1", "0.99"),
-    "gate_recall": ("gate recall, ±1 step (ant: ±3)", "1", "1"),
-    "goal_accuracy": ("subgoal read from the code by nearest centroid", "1", "0.97"),
-    "held_share": ("one held random code reaches the same colour (chance 1/K)", "0.74", "0.64"),
-    "transplant": ("a code found elsewhere, injected: its colour is next", "0.58", "0.48"),
-    "transplant_without": ("… without it", "0.2", "0.26"),
-    "withheld": ("codes of 0, then 1 found elsewhere, injected: 1 follows 0", "0.12", "0.29"),
-    "withheld_without": ("… without the second code", "0.006", "0.007"),
-    "internal_success": ("internal RL, success on held-out layouts", "0.61", "0.42"),
-    "switches_solved": ("codes chosen in an episode that it solves", "4.5", "4.5 to 6"),
-    "raw_success": ("token-level or raw-action RL, success on held-out layouts", "0", "0"),
-    "seconds": ("seconds of all stages", "", ""),
-}
+    def discovery_step():
+        worlds = two_worlds(config, base, batch, generator)
+        descend(discovery_loss(config, base, meta, worlds, 0.1, generator)[0], optimizer, 1e-3)
+
+    @torch.no_grad()
+    def acting_steps():
+        choose = lambda e, games: torch.randn(len(games), N_Z, generator=generator, device=device)
+        intervene, cache = CodeIntervention(config, meta, choose, 64), [None] * config.layers
+        for t in range(32):
+            e = base.lower(batch.observation[:, t:t + 1], cache)[:, 0]
+            base.upper(intervene(Moment(e, e, games, t))[:, None], cache).softmax(-1)
+
+    def environment_steps():
+        for action in integers(4, 100, 8192):
+            game.step(action)
+            game.reset(game.done)
+
+    for name, work, scale in (("discovery step, ms", discovery_step, 1e3),
+                              ("acting step, ms", acting_steps, 1e3 / 32),
+                              ("a million environment steps, s", environment_steps, 1 / 0.8192)):
+        seconds = []
+        for _ in range(6):  # the first warms up
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        print(f"bench: {name} {scale * sorted(seconds[1:])[2]:.3f}")
+
+# ========================================================================================= Command line
+
+WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_batch source thinned "
+         "action_floor mirror places picture Embedding Head log_prob sample").split()
+TABLE = {  # name in result.json → what it is
+    "gap": "base model above the best possible predictor, nats per action",
+    "probe_best": "linear probe of the hidden subgoal, best layer",
+    "base_success": "base model alone on {post_task}",
+    "steer_success": "labelled controllers on {post_task}",
+    "gate_precision": "gate precision, ±{tolerance} steps",
+    "gate_recall": "gate recall, ±{tolerance} steps",
+    "goal_accuracy": "subgoal read from the code by nearest centroid",
+    "held_share": "one held random code reaches the same colour (chance 1/O)",
+    "internal_success": "internal RL, success on held-out layouts",
+    "switches_solved": "codes chosen in an episode that it solves",
+    "raw_success": "RL on the model's own actions, success on held-out layouts",
+    "seconds": "seconds of all stages"}
 
 
-def run_stages(run, stage):
-    """Runs `stage` (or all) and what it builds on. Returns the measured numbers of EXPECT that it got to."""
-    def wanted(name):
-        return stage in ("all", "figures", name)
+@functools.cache
+def load_world(name):
+    """The module NAME.py or NAME_tasks.py beside this file. A third world is one new file with the names in
+    WORLD, as gridworld.py has them; it may also have its own Block."""
+    found = [file for file in (name, f"{name}_tasks") if (Path(__file__).parent / f"{file}.py").is_file()]
+    if not (name.isidentifier() and found):
+        refuse(f"--task {name}: there is no {name}.py or {name}_tasks.py beside internal_rl.py")
+    module = importlib.import_module(found[0])
+    if lacking := [name for name in WORLD if not hasattr(module, name)]:
+        refuse(f"--task {name}: {found[0]}.py is no world, it lacks {', '.join(lacking)}")
+    return module
 
-    result = {}
-    base = pretrain(run)
-    result["gap"] = last_metric(run, "pretrain", "gap")
-    if wanted("probe"):
-        probe(run, base)
-        result["probe_best"] = max(last_metric(run, "probe", "probe_accuracy"))
-    if wanted("steer"):
-        controllers = steer(run, base)
-        order = subgoal_order(run.config, run.device)
+
+def configure(world, preset, **changes):
+    """The settings of a preset, with some changed; SETTINGS of the world are added to the class Settings."""
+    module = load_world(world)
+    own = [(name, type(s[0]), setting(s[0], "pretrain", *s[1:])) for name, s in module.SETTINGS.items()]
+    settings = make_dataclass("Settings", own, bases=(Settings,))
+    return settings(**{"world": world, **module.PRESETS[preset], **changes})
+
+
+def with_policy(run, meta, policy, batch):
+    """The intervention by the policy's mean codes."""
+    actor = PolicyActor(run.config, policy, batch, 0.0, run.evaluation("codes"))
+    return CodeIntervention(run.config, meta, actor, batch)
+
+
+def run_stages(run, wanted):
+    """Runs the stage `wanted` (or "all") and what it builds on. Returns the numbers of TABLE it got to."""
+    result, config = {}, run.config
+    base, result["gap"] = pretrain(run)
+    if wanted in ("all", "probe"):
+        accuracy = train_probe(run, base)
+        result["probe_best"] = max(accuracy)
+    if wanted in ("all", "steer"):
+        result["steer_success"] = steer(run, base).mean().item()
         result["base_success"] = solved(run, base).mean().item()
-        result["steer_success"] = solved(run, base, LabelledControl(controllers, order)).mean().item()
-        print(f"steer: success on {run.config.post_task}: base alone {result['base_success']:.4f}, "
+        print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)
-    if wanted("discover") or stage == "rl":
+    if wanted in ("all", "discover", "rl"):
         meta = discover(run, base)
-        result.update({name: last_metric(run, "discover", name) for name in ("gate_precision", "gate_recall", "goal_accuracy", "held_share")})
-        if wanted("discover"):
-            moved = transplant(run, base, meta)
-            print("discover: transplanted codes", " ".join(f"{name} {value:.3f}" for name, value in moved.items()), flush=True)
-            result.update(moved)
-    if wanted("rl"):
-        policy = reinforcement(run, base, meta, "internal")
-        control = acting_control(run, meta, policy, run.config.evaluation)
-        success = solved(run, base, control)
+        result.update(inspect_codes(run, base, meta))
+    if wanted in ("all", "rl"):
+        policy = internal_rl(run, base, meta)
+        intervention = with_policy(run, meta, policy, config.evaluation)
+        success = solved(run, base, lambda game: intervention)
         result["internal_success"] = success.mean().item()
         if success.any():
-            result["switches_solved"] = control.act.count[success > 0].float().mean().item()
-        result["raw_success"] = solved(run, reinforcement(run, base, meta, "raw")).mean().item()
-        print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, raw {result['raw_success']:.4f}", flush=True)
-    if wanted("figures"):
-        figures(run, base, meta, policy)
-    seconds = {line["stage"]: line["time_s"] for line in run.metrics()}  # the last line of each stage
-    result["seconds"] = round(sum(seconds.values()), 1)
+            result["switches_solved"] = intervention.choose.count[success > 0].float().mean().item()
+        result["raw_success"] = solved(run, raw_rl(run, base)).mean().item()
+        print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, "
+              f"{config.module.RAW} {result['raw_success']:.4f}", flush=True)
+    if wanted == "all":
+        figures(run, base, meta, policy, accuracy)
+    result["seconds"] = round(sum(saved["seconds"] for saved in map(run.load, STAGES) if saved), 1)
     return result
 
 
-def last_metric(run, stage, name):
-    for line in reversed(run.metrics()):
-        if line["stage"] == stage and name in line:
-            return line[name]
-    refuse(f"{run.folder}/metrics.jsonl lacks {name} of {stage}, though {stage}.pt is finished; copy it too, or delete {stage}.pt")
-
-
-def print_table(task, results):
+def print_table(config, results):
     """One column a seed, then the median and what to expect. A row that no seed measured is left out."""
-    print(f"\n{'':62}" + "".join(f"{'seed ' + str(seed):>10}" for seed in results) + f"{'median':>10}   expect (quick)")
-    for name, (text, *expected) in EXPECT.items():
-        expected = expected[list(WORLDS).index(task)]
-        values = [result.get(name, math.nan) for result in results.values()]  # nan: there was nothing to measure
+    seeds = "".join(f"{f'seed {seed}':>10}" for seed in results)
+    print(f"\n{'':62}{seeds}{'median':>10}   expect (quick)")
+    for name, text in TABLE.items():
+        values = [result.get(name, math.nan) for result in results.values()]  # nan: nothing to measure
         if not np.isnan(values).all():
-            print(f"{text:62}" + "".join(f"{v:10.4g}" for v in values) + f"{np.median(values):10.4g}   {expected}")
+            print(f"{text.format(**asdict(config)):62}" + "".join(f"{v:10.4g}" for v in values)
+                  + f"{np.median(values):10.4g}   {config.module.EXPECT.get(name, '')}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1608,86 +1191,46 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(arguments):
     """Command line → (argparse namespace, Settings). Every setting is a flag; flags override the preset."""
-    parser = Parser(prog="internal_rl.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    allow_abbrev=False,
-                    description="Internal RL (arXiv:2512.20605) from pretraining to reinforced controller codes. The values shown as quick are the "
-                                "gridworld's; the ant's are in PRESETS.")
-    parser.add_argument("--task", choices=list(WORLDS), default="gridworld", help="world")
-    parser.add_argument("--preset", choices=["tiny", "quick", "paper"], default="quick", help="named settings: tiny (a minute), quick, paper (a GPU)")
-    parser.add_argument("--stage", choices=COMMANDS, default="all",
-                        help="what to run; the stages it builds on are reused or run first")
-    parser.add_argument("--seeds", default=None, metavar="0,1,2", help="several seeds one after another (overrides --seed)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    parser.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default runs/TASK-PRESET-sSEED; several seeds: OUT-sSEED)")
+    task = Parser(add_help=False, allow_abbrev=False)
+    task.add_argument("--task", default="gridworld", metavar="WORLD",
+                      help="gridworld (the default), ant, or a world of your own: the name of its file")
+    world = task.parse_known_args(arguments)[0].task
+    quick = configure(world, "quick")
+    parser = Parser(prog="internal_rl.py", allow_abbrev=False, parents=[task], description="Internal RL, all "
+                    f"stages. In brackets: the quick preset of {world}.")
+    parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
+                        help="named settings: tiny (a minute), quick (default), paper (a large GPU, days)")
+    parser.add_argument("--stage", choices=["all", "pretrain", "probe", "steer", "discover", "rl", "bench"],
+                        default="all", help="what to run, after what it builds on; bench: speed")
+    parser.add_argument("--seeds", metavar="0,1,2", help="several seeds one after another (overrides --seed)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where")
+    parser.add_argument("--out", metavar="FOLDER", help="run folder (runs/TASK-PRESET-sSEED); with --seeds, "
+                        "-sSEED is added")
     parser.add_argument("--data", default="data", metavar="FOLDER", help="where expert trajectories are kept")
-    for setting in [s for s in fields(Settings) if s.name != "task"]:
-        flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} (quick: {setting.default})", **kind)
+    for s in fields(quick)[1:]:
+        kind = dict(action=argparse.BooleanOptionalAction) if s.type is bool else dict(
+            type=s.type, choices=s.metadata["choices"])
+        parser.add_argument("--" + s.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{s.metadata['help']} ({getattr(quick, s.name)})", **kind)
     options = parser.parse_args(arguments)
-    given = {s.name: getattr(options, s.name) for s in fields(Settings) if hasattr(options, s.name)}
-    return options, Settings(**{**PRESETS[options.task, options.preset], **given})
+    changes = {s.name: getattr(options, s.name) for s in fields(quick)[1:] if hasattr(options, s.name)}
+    return options, configure(world, options.preset, **changes)
 
 
 def check(config):
-    """Refuses settings that cannot work, in one line each."""
+    """Refuses settings that cannot work, in one line."""
+    for s in fields(config):
+        low, high, value = s.metadata["low"], s.metadata["high"], getattr(config, s.name)
+        if low is not None and not low <= value <= high:
+            refuse(f"{s.name} {value} is outside {low} … {high}")
+    if config.width % config.heads:
+        refuse(f"width {config.width} is not a multiple of heads {config.heads}")
+    if config.layers % 2 or config.control_layer > config.layers:
+        refuse(f"layers {config.layers} is odd, or below control_layer {config.control_layer}")
     try:
-        gridworld.check_sizes(config.size, config.colours, config.walls, config.max_steps)
-        draw_layouts(config, 1, torch.Generator())
-        task = gridworld.parse_task(config.post_task, config.colours)
-        if config.subgoals not in gridworld.SUBGOALS:
-            raise ValueError(f"subgoals {config.subgoals!r} is none of {list(gridworld.SUBGOALS)}")
-        if config.base not in ("transformer", "hawk"):
-            raise ValueError(f"base {config.base!r} is none of ['transformer', 'hawk']")
-        if config.view not in gridworld.INPUTS:
-            raise ValueError(f"view {config.view!r} is none of {list(gridworld.INPUTS)}")
-        needed = max(max(colours) for colours in gridworld.SUBGOALS[config.subgoals]) + 1
-        if config.colours < needed:
-            raise ValueError(f"colours {config.colours} is too few: the pretraining tasks of {config.subgoals!r} use {needed}")
-        if max(task) >= needed:
-            raise ValueError(f"post_task {config.post_task!r} names a colour that no pretraining task visits")
-        if config.width % config.heads:
-            raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
-        positive = ("candidates", "audition_steps", "width", "heads", "mlp", "n_z", "n_h", "n_s", "pretrain_steps", "pretrain_batch", "probe_steps", "steer_steps",
-                    "discover_steps", "discover_batch", "rl_episodes", "rl_batch", "rl_epochs", "rl_minibatch", "policy_width",
-                    "pretrain_lr", "probe_lr", "steer_lr", "discover_lr", "rl_lr", "raw_lr", "clip", "std_start", "std_end")
-        for name in positive:
-            if not 0 < getattr(config, name) < math.inf:
-                raise ValueError(f"{name} {getattr(config, name)} is not positive")
-        if config.evaluation < 64 or config.evaluation % 64:
-            raise ValueError(f"evaluation {config.evaluation} is not a multiple of 64")
-        if config.max_steps < 10:
-            raise ValueError(f"max_steps {config.max_steps} is less than 10, too short for the pretraining tasks")
-        if config.seed >= 2 ** 40:
-            raise ValueError(f"seed {config.seed} is too large")
-        if config.layers < 2 or config.layers % 2:
-            raise ValueError(f"layers {config.layers} is not an even number of at least 2")
-        if not 0 <= config.control_layer <= config.layers:
-            raise ValueError(f"control_layer {config.control_layer} is outside 0 … {config.layers}")
-        for name in ("noise", "bursts", "alpha_free", "alpha_ramp", "threshold"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise ValueError(f"{name} {getattr(config, name)} is outside 0 … 1")
-        if not 0 < config.thin <= 1:
-            raise ValueError(f"thin {config.thin} is outside 0 … 1, 0 excluded")
-        for name in ("next_cell", "thin", "bursts", "trajectories") if config.task != "ant" else ():
-            if getattr(config, name) != getattr(Settings(), name):
-                raise ValueError(f"{name} {getattr(config, name)} is for --task ant only")
-        if config.trajectories % (4 if config.trajectories <= ant_tasks.SHARD else 4 * ant_tasks.SHARD):
-            raise ValueError(f"trajectories {config.trajectories} is neither a multiple of {4 * ant_tasks.SHARD} nor one of 4 up to {ant_tasks.SHARD}")
-        for name in ("seed", "alpha", "next_obs", "weight_decay", "rank", "trajectories", "tolerance", "next_cell"):
-            if not 0 <= getattr(config, name) < math.inf:
-                raise ValueError(f"{name} {getattr(config, name)} is negative or not finite")
+        config.module.check(config)
     except ValueError as error:
         refuse(error)
-
-
-def choose_device(name):
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available[name]:
-        refuse(f"--device {name}: torch finds no such device here")
-    return torch.device(name)
 
 
 def main(arguments=None):
@@ -1696,33 +1239,31 @@ def main(arguments=None):
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [config.seed]
     except ValueError:
         refuse(f"--seeds {options.seeds!r} is not a list of whole numbers such as 0,1,2")
-    if options.stage == "bench" and options.task != "gridworld":
-        refuse("--stage bench: measures the gridworld; for the speed of the ant's simulation run ant_tasks.py")
-    device = choose_device(options.device)
-    if device.type == "cuda":
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = max(found, key=found.get) if options.device == "auto" else options.device
+    if not found[device]:
+        refuse(f"--device {device}: torch finds no such device here")
+    if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    results, runs = {}, []
+    device, runs, results = torch.device(device), [], {}
+    together = options.out or f"runs/{options.task}-{options.preset}"
     for seed in seeds:
-        config = replace(config, seed=seed)
-        check(config)
-        folder = options.out or f"runs/{options.task}-{options.preset}"
-        runs.append(Run(config, folder if options.out and len(seeds) == 1 else f"{folder}-s{seed}", device, options.data))
-
-    for run in runs:
-        for stage in STAGES if options.stage != "bench" else []:
-            run.load(stage)  # refuse before anything is written
+        check(own := replace(config, seed=seed))
+        folder = together if options.out and len(seeds) == 1 else f"{together}-s{seed}"
+        runs.append(Run(own, folder, device, options.data))
+    if options.stage == "bench":
+        return bench(runs[0])
+    for run in runs:  # refuse before anything is written
         if run.folder.is_file():
             refuse(f"--out {run.folder} is a file")
+        for stage in STAGES:
+            run.load(stage)
 
     for run in runs:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device} ({name}), torch {torch.__version__}", flush=True)
-        if options.stage == "bench":
-            bench(run)
-            return
+        print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
+              f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
-        print(f"writing {run.folder}/: config.json, metrics.jsonl, a checkpoint a stage, figures", flush=True)
 
         def stop(number, frame):
             if run.stop is not None:
@@ -1737,12 +1278,10 @@ def main(arguments=None):
             (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
         if run.stop is not None:
             raise SystemExit(128 + run.stop)
-    if results:
-        print_table(options.task, results)
-    if len(results) > 1:
-        together = Path(f"{folder}-results.json")
-        together.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\nwritten to {together}")
+    print_table(config, results)
+    if len(runs) > 1:
+        Path(f"{together}-results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwritten to {together}-results.json")
 
 
 if __name__ == "__main__":

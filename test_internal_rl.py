@@ -1,7 +1,12 @@
 """Tests: independent computations, no leak from the future, invariants, and the documented commands on the tiny preset."""
+import ast
 import collections
+import copy
 import json
+import math
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +18,7 @@ from pathlib import Path
 import gymnasium
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are tiny; several threads only get in each other's way
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -24,7 +30,7 @@ import gridworld
 import internal_rl as rl
 
 HERE = Path(__file__).parent
-CONFIG = rl.Settings(width=32, heads=2, mlp=48, layers=4, walls=2, rank=5, n_z=8)
+CONFIG = rl.configure("gridworld", "quick", width=32, heads=2, layers=4, walls=2, rank=5)
 
 
 def generator(seed=0):
@@ -35,7 +41,7 @@ def base_model(config):
     torch.manual_seed(0)
     model = rl.Base(config)
     for block in model.blocks:
-        if config.base == "transformer":
+        if isinstance(block, rl.Block):
             torch.nn.init.normal_(block.position_bias.weight)  # as after training, so that positions matter
     return model
 
@@ -53,20 +59,21 @@ def meta():
 
 @pytest.fixture
 def batch():
-    return rl.expert_batch(CONFIG, 24, generator())
+    return gridworld.expert_batch(CONFIG, 24, generator())
 
 
 # ---------------------------------------------------------------------------------------------------------------- gridworld
 
 def test_pretraining_tasks_match_tables_and_withhold_transitions():
     for kind in ("pairs", "singles"):
-        tasks, subgoals = gridworld.pretraining_tasks(kind)
+        tasks = gridworld.pretraining_tasks(kind)
         assert len({tuple(task.tolist()) for task in tasks}) == 16
-        for row in subgoals.tolist():
+        for row in (tasks // gridworld.SUBGOAL_SIZE[kind]).tolist():
+            assert set(row) <= set(range(gridworld.SUBGOALS))
             changes = {(a, b) for a, b in zip(row, row[1:]) if a != b}
             assert not changes & {(0, 1), (1, 2), (2, 3), (3, 0)}
-    assert gridworld.pretraining_tasks("pairs")[0][0].tolist() == [0, 1, 4, 5, 0, 1]  # A C A
-    assert [0, 3, 2] in gridworld.pretraining_tasks("singles")[0].tolist()
+    assert gridworld.pretraining_tasks("pairs")[0].tolist() == [0, 1, 4, 5, 0, 1]  # A C A
+    assert [0, 3, 2] in gridworld.pretraining_tasks("singles").tolist()
 
 
 def reference_distance(layouts, i, size, start, target):
@@ -88,27 +95,29 @@ def reference_distance(layouts, i, size, start, target):
 
 @pytest.mark.parametrize("size,colours,walls,kind", [(5, 4, 3, "singles"), (7, 8, 4, "pairs")])
 def test_expert_paths_are_shortest(size, colours, walls, kind):
-    tasks, _ = gridworld.pretraining_tasks(kind)
+    tasks, pair = gridworld.pretraining_tasks(kind), gridworld.SUBGOAL_SIZE[kind]
     layouts = gridworld.draw_layouts(40, size, colours, walls, generator())
-    paths = gridworld.expert_paths(layouts, size, tasks[torch.arange(40) % 16], 100, generator(1))
+    paths = gridworld.expert_paths(layouts, size, tasks[torch.arange(40) % 16], 100, generator(1), subgoal_size=pair)
+    assert (paths.success == 1).all() and paths.valid.sum() == paths.length.sum()
     for i in range(40):
-        cell, total = int(layouts.agent[i]), 0
+        cell, pursued = int(layouts.agent[i]), []
         for colour in tasks[i % 16].tolist():
             target = int(layouts.colours[i, colour])
-            total += reference_distance(layouts, i, size, cell, target)
+            pursued += [colour // pair] * reference_distance(layouts, i, size, cell, target)
             cell = target
-        assert int(paths.length[i]) == total
+        total = len(pursued)
+        assert int(paths.length[i]) == total and paths.subgoal[i, :total].tolist() == pursued
         assert int(paths.observation[i, total, -1]) == cell
 
 
 def test_expert_noise_never_ends_an_episode_and_uses_all_shortest_moves():
     layouts = gridworld.draw_layouts(200, 5, 4, 2, generator())
-    tasks = gridworld.pretraining_tasks("singles")[0][torch.arange(200) % 16]
+    tasks = gridworld.pretraining_tasks("singles")[torch.arange(200) % 16]
     noisy = gridworld.expert_paths(layouts, 5, tasks, 60, generator(1), epsilon=0.2)
     game = gridworld.Game(layouts, 5, tasks, 60)
     for t in range(noisy.action.shape[1]):
         game.step(noisy.action[:, t])
-    assert (game.stage == 3).all()
+    assert (game.visits == 3).all() and (noisy.success == 1).all()
     clean = gridworld.expert_paths(layouts, 5, tasks, 60, generator(1))
     assert noisy.length.float().mean() > clean.length.float().mean()
     again = gridworld.expert_paths(layouts, 5, tasks, 60, generator(2))
@@ -116,7 +125,7 @@ def test_expert_noise_never_ends_an_episode_and_uses_all_shortest_moves():
 
 
 def test_bayes_floor_matches_a_slow_filter():
-    tasks, _ = gridworld.pretraining_tasks("singles")
+    tasks = gridworld.pretraining_tasks("singles")
     layouts = gridworld.draw_layouts(12, 5, 4, 2, generator())
     own = torch.arange(12)
     paths = gridworld.expert_paths(layouts, 5, tasks[own], 60, generator(1))
@@ -164,7 +173,7 @@ def test_batched_game_equals_gymnasium_on_random_play():
             if not over[i]:
                 observation, r, term, trunc, info = env.step(int(actions[i]))
                 assert (r, term, trunc) == (reward[i], terminated[i], truncated[i])
-                assert (info["agent"], info["stage"]) == (int(game.agent[i]), int(game.stage[i]))
+                assert (info["agent"], info["visits"]) == (int(game.agent[i]), int(game.visits[i]))
                 assert observation.reshape(-1, size * size)[-1].argmax() == info["agent"] and observation.sum() == colours + walls + 1
                 over[i] = term or trunc
                 ends[(term, trunc)] += over[i]
@@ -182,10 +191,10 @@ def test_a_visit_needs_a_move():
     env = scripted("0-1")
     assert env.render() == "0 . 1\n@ # .\n. . ."
     assert env.step(gridworld.RIGHT)[4]["agent"] == 3  # a wall is a no-op
-    assert env.step(gridworld.UP)[4]["stage"] == 1
+    assert env.step(gridworld.UP)[4]["visits"] == 1
     for action in (gridworld.UP, gridworld.LEFT):  # standing on colour 0, off the grid: not a second, wrong visit
         _, reward, terminated, _, info = env.step(action)
-        assert (reward, terminated, info["stage"]) == (0, False, 1)
+        assert (reward, terminated, info["visits"]) == (0, False, 1)
     env.step(gridworld.RIGHT)
     _, reward, terminated, truncated, _ = env.step(gridworld.RIGHT)
     assert (reward, terminated, truncated) == (1, True, False)
@@ -206,7 +215,7 @@ def test_gymnasium_checks(mode):
         check_env(env.unwrapped)
     first, info = env.reset(seed=5)
     again, _ = env.reset(seed=5)
-    assert np.array_equal(first, again) and first.shape == (637,) and info["stage"] == 0
+    assert np.array_equal(first, again) and first.shape == (637,) and info["visits"] == 0
     assert not np.array_equal(first, env.reset(seed=6)[0])
 
 
@@ -250,13 +259,22 @@ def test_inputs_stand_for_the_one_hot_observation(batch):
 
 # -------------------------------------------------------------------------------------------------------------------- model
 
-@pytest.fixture(scope="module", params=[(task, base) for task in ("gridworld", "ant") for base in ("transformer", "hawk")], ids="-".join)
+@pytest.fixture(scope="module", params=[(name, kind) for name in ("gridworld", "ant") for kind in ("transformer", "hawk")], ids="-".join)
 def world(request):
     """A base model of each kind in each world, and expert trajectories of that world."""
-    task, kind = request.param
-    sizes = {"walls": 2} if task == "gridworld" else {"size": 4, "max_steps": 250, "tolerance": 3}
-    config = rl.Settings(task=task, base=kind, width=32, heads=2, mlp=48, layers=4, rank=5, n_z=8, **sizes)
-    return config, base_model(config), rl.expert_batch(config, 12, generator())
+    name, kind = request.param
+    sizes = {"walls": 2} if name == "gridworld" else {"max_steps": 250, "thin": 1.0, "bursts": 0.0}
+    config = rl.configure(name, "quick", width=32, heads=2, layers=4, rank=5, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config.module, "Block", {"transformer": rl.Block, "hawk": ant.Block}[kind], raising=False)
+        base = base_model(config)
+    assert {type(block) for block in base.blocks} == {{"transformer": rl.Block, "hawk": ant.Block}[kind]}
+    return config, base, config.module.expert_batch(config, 12, generator())
+
+
+def test_each_world_has_its_own_kind_of_block():
+    blocks = {name: {type(block) for block in rl.Base(rl.configure(name, "tiny")).blocks} for name in ("gridworld", "ant")}
+    assert blocks == {"gridworld": {rl.Block}, "ant": {ant.Block}}
 
 
 def test_base_cannot_see_the_future(world):
@@ -272,7 +290,7 @@ def test_base_cannot_see_the_future(world):
 def test_cached_acting_equals_the_full_forward(world):
     """For the Hawk this is also: the parallel scan equals the recurrence."""
     config, base, batch = world
-    x, cache = batch.observation[:, :60], base.new_cache()
+    x, cache = batch.observation[:, :60], [None] * config.layers
     with torch.no_grad():
         steps = [base.upper(base.lower(x[:, t:t + 1], cache), cache) for t in range(x.shape[1])]
         assert torch.allclose(torch.cat(steps, 1), base(x), atol=1e-4)
@@ -287,35 +305,64 @@ def test_scan_equals_the_recurrence_with_its_gradient(time):
         h = a[:, t] * h + b[:, t]
         states.append(h)
     expected, weight = torch.stack(states, 1), torch.randn(3, time, 5, dtype=torch.float64)
-    found = rl.LinearRecurrence.apply(a, b)
+    found = ant.LinearRecurrence.apply(a, b)
     assert torch.allclose(found, expected)
     ours, theirs = (torch.autograd.grad((x * weight).sum(), (a, b)) for x in (found, expected))
     assert all(torch.allclose(x, y) for x, y in zip(ours, theirs))
 
 
+def old_relative_bucket(distance):
+    """As first written, for distances [...] ≥ 0."""
+    far = 16 + (distance.clamp(min=1) / 16).log() / math.log(128 / 16) * 16
+    return torch.where(distance < 16, distance, far.long().clamp(max=31))
+
+
+@pytest.mark.parametrize("time,seen", [(1, 1), (1, 40), (7, 7), (3, 20), (200, 200)])
+def test_relative_buckets(time, seen):
+    bucket, future = rl.relative_bucket(time, seen, torch.device("cpu"))
+    ago = torch.arange(seen - time, seen)[:, None] - torch.arange(seen)
+    assert torch.equal(bucket, old_relative_bucket(ago.clamp(min=0))) and torch.equal(future, ago < 0)
+    assert bucket[-1].flip(0)[:16].tolist() == list(range(min(16, seen))) and bucket.max() <= 31  # the last query: exact up to 15 steps
+    assert (bucket[-1].diff() <= 0).all() and (seen < 130 or bucket.max() == 31)
+
+
 def test_steps_at_which_a_cell_is_entered_against_a_loop():
-    config = rl.Settings(task="ant", size=4, max_steps=250, next_cell=2.0, next_obs=0.0, width=32, heads=2, mlp=48)
-    batch = rl.expert_batch(config, 6, generator())
+    config = rl.configure("ant", "quick", max_steps=250, thin=0.1, bursts=0.0, next_cell=2.0, next_obs=0.0, width=32, heads=2)
+    batch = ant.expert_batch(config, 6, generator())
     cells = ant.places(batch.observation, 4)[..., -1].tolist()
-    chosen = rl.thinned(config, batch, 0.0, generator())
-    thin = rl.thinned(config, batch, 0.1, generator())
+    chosen = ant.thinned(config, batch, None, generator())
+    thin = ant.thinned(config, batch, 0.0, generator())
     assert batch.length.sum() * 0.05 < (thin.length - chosen.length).sum() < batch.length.sum() * 0.15
+    share = 0.1 ** (1 - 0.8 ** 3)  # 0.33
+    later = ant.thinned(config, batch, 0.8, generator())
+    assert share - 0.05 < (later.length - chosen.length).sum() / (batch.length - chosen.length).sum() < share + 0.05
     logits, ways = [], []
     base = rl.Base(config)
     for i, path in enumerate(cells):
         length = int(batch.length[i])
         steps = [t for t in range(length) if t == 0 or path[t] != path[t - 1]]
-        assert rl.entries(config, batch)[i].nonzero()[:, 0].tolist() == steps and chosen.length[i] == len(steps)
+        assert ant.entries(batch, 4)[i].nonzero()[:, 0].tolist() == steps and chosen.length[i] == len(steps)
         assert torch.equal(chosen.observation[i, :len(steps)], batch.observation[i, steps])
+        assert (chosen.observation[i, len(steps):] == batch.observation[i, length]).all()  # the last observation
         assert torch.equal(chosen.action[i, :len(steps)], batch.action[i, steps]) and torch.equal(chosen.subgoal[i, :len(steps)], batch.subgoal[i, steps])
         for t in steps:
             following = next(cell for cell in path[t:] if cell != path[t])
             ways.append(3 * (following // 4 - path[t] // 4 + 1) + following % 4 - path[t] % 4 + 1)
-        logits.append(base.way_head(base.last_residual(base.lower(chosen.observation[i:i + 1, :len(steps)])))[0])
+        for t in range(length):  # on every step, not only those that enter a cell
+            following = next((cell for cell in path[t:] if cell != path[t]), path[t])
+            assert ant.ways(batch, 4)[i, t] == 3 * (following // 4 - path[t] // 4 + 1) + following % 4 - path[t] % 4 + 1
+        logits.append(base.head.way(base.last_residual(base.lower(chosen.observation[i:i + 1, :len(steps)])))[0])
     ways = torch.tensor(ways)
-    for some in (batch, chosen, thin):  # the way to the next cell does not depend on the steps between
-        assert torch.equal(rl.ways(config, some)[rl.entries(config, some)], ways)
-    assert all(torch.equal(x, y) for x, y in zip(vars(rl.thinned(config, batch, 1.0, generator())).values(), vars(batch.only(batch.valid)).values()))
+    for some in (batch, chosen, thin, later):  # the way to the next cell does not depend on the steps between
+        assert torch.equal(ant.ways(some, 4)[ant.entries(some, 4)], ways)
+    at = torch.minimum(torch.arange(batch.observation.shape[1]), batch.length[:, None])  # all steps, then the last observation
+    before = at[:, :-1].clamp(max=batch.action.shape[1] - 1)
+    row = torch.arange(len(at))[:, None]
+    every = replace(batch, observation=batch.observation[row, at], action=batch.action[row, before], subgoal=batch.subgoal[row, before])
+    whole = ant.thinned(config, batch, 1.0, generator())
+    assert all(torch.equal(x, y) for x, y in zip(vars(whole).values(), vars(every).values()))
+    assert ant.thinned(replace(config, thin=1.0), batch, 0.0, generator()) is batch
+    assert gridworld.thinned(CONFIG, batch, None, generator()) is gridworld.thinned(CONFIG, batch, 0.0, generator()) is batch
     loss, action_part = rl.pretraining_loss(config, base, chosen)
     assert loss.item() == pytest.approx((action_part + 2 * F.cross_entropy(torch.cat(logits), ways)).item(), rel=1e-5)
 
@@ -323,14 +370,25 @@ def test_steps_at_which_a_cell_is_entered_against_a_loop():
 def test_torque_log_prob_against_torch():
     out, torques = torch.randn(5, 16), torch.randn(5, 8)
     normal = torch.distributions.Normal(out[:, :8], out[:, 8:].exp())
-    assert torch.allclose(rl.action_log_prob(out, torques), normal.log_prob(torques).sum(-1), atol=1e-4)
-    draws = rl.sample_action(rl.Settings(task="ant"), out[:1].expand(20_000, -1), generator())
+    assert torch.allclose(ant.log_prob(out, torques), normal.log_prob(torques).sum(-1), atol=1e-4)
+    draws = ant.sample(out[:1].expand(20_000, -1), generator())
     assert torch.allclose(draws.mean(0), out[0, :8], atol=0.1) and torch.allclose(draws.std(0).log(), out[0, 8:], atol=0.05)
 
 
+def test_move_log_prob_against_torch(base, batch):
+    logits = torch.randn(6, 3, 4)
+    action = torch.randint(4, (6, 3), generator=generator())
+    assert torch.allclose(gridworld.log_prob(logits, action), torch.distributions.Categorical(logits=logits).log_prob(action), atol=1e-6)
+    draws = gridworld.sample(logits[0, :1].expand(20_000, -1), generator())
+    assert torch.allclose(draws.bincount(minlength=4) / 20_000, logits[0, 0].softmax(-1), atol=0.015)
+    out = base(batch.observation[:, :-1])
+    expected = F.cross_entropy(out[batch.valid], batch.action[batch.valid])
+    assert rl.action_loss(CONFIG, out, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_losses_ignore_padding(base, meta, batch):
-    longer = rl.Batch(F.pad(batch.observation, (0, 0, 0, 4), value=3), F.pad(batch.action, (0, 4), value=2), F.pad(batch.subgoal, (0, 4), value=1),
-                      batch.length)
+    longer = replace(batch, observation=F.pad(batch.observation, (0, 0, 0, 4), value=3), action=F.pad(batch.action, (0, 4), value=2),
+                     subgoal=F.pad(batch.subgoal, (0, 4), value=1))
     for a, b in zip(rl.pretraining_loss(CONFIG, base, batch), rl.pretraining_loss(CONFIG, base, longer)):
         assert torch.allclose(a, b, atol=1e-6)
     with torch.no_grad():
@@ -346,7 +404,7 @@ def test_next_observation_loss_against_a_loop(base, batch):
     total, count = 0.0, 0
     for i in range(len(batch.length)):
         for t in range(int(batch.length[i])):
-            logits = base.observation_head(last[i, t]).view(-1, 25).log_softmax(-1)
+            logits = base.head.observation(last[i, t]).view(-1, 25).log_softmax(-1)
             total -= sum(logits[j, cell] for j, cell in enumerate(batch.observation[i, t + 1].tolist()))
             count += 1
     assert torch.allclose(loss, action_part + 0.5 * total / count, rtol=1e-5)
@@ -359,13 +417,21 @@ def test_zero_control_leaves_the_base_unchanged(base, meta, batch):
     assert torch.equal(meta.control(e, torch.randn(*e.shape[:2], 8)), e)
     assert torch.equal(rl.LabelledControllers(CONFIG)(e[:, :-1], batch.subgoal), e[:, :-1])
     worlds = rl.two_worlds(replace(CONFIG, mirror=False), base, batch, generator())
-    loss, parts, _ = rl.discovery_loss(base, meta, *worlds, 0.0, generator())
-    assert loss.item() == pytest.approx(rl.action_loss(base(batch.observation), batch).item(), abs=1e-6)
+    loss, nll, _, _ = rl.discovery_loss(CONFIG, base, meta, worlds, 0.0, generator())
+    expected = rl.action_loss(CONFIG, base(batch.observation[:, :-1]), batch).item()
+    assert loss.item() == pytest.approx(expected, abs=1e-6) and nll.item() == pytest.approx(expected, abs=1e-6)
+
+
+def low_rank_control(e, a, b):
+    """ê = e + Bᵀ(A e)/√C  (Eq. 11): e [..., C], a, b [..., R, C] → [..., C]."""
+    read = (a @ e.unsqueeze(-1)) / math.sqrt(e.shape[-1])  # [..., R, 1]
+    return e + (b.transpose(-1, -2) @ read).squeeze(-1)
 
 
 def test_low_rank_control_is_the_matrix_product(meta):
     e, z = torch.randn(3, 2, 32), torch.randn(3, 2, 8)
-    a, b = meta.matrices(z)
+    hidden = torch.cat([meta.hyper(z), torch.ones(3, 2, 1)], -1)  # [3, 2, J+1]
+    a, b = (torch.einsum("btj,jrc->btrc", hidden, weight) for weight in (meta.read, meta.write))  # A(z), B(z), Eq. 18
     assert a.shape == (3, 2, 5, 32)
     expected = torch.empty_like(e)
     for i in range(3):
@@ -373,8 +439,31 @@ def test_low_rank_control_is_the_matrix_product(meta):
             u = b[i, t].T @ a[i, t] / 32 ** 0.5
             assert not torch.allclose(u, u.T, atol=1e-3)
             expected[i, t] = e[i, t] + u @ e[i, t]
-    assert torch.allclose(rl.low_rank_control(e, a, b), expected, atol=1e-5)
+    assert torch.allclose(low_rank_control(e, a, b), expected, atol=1e-5)
+    assert torch.allclose(rl.linear_control(e, hidden, meta.read, meta.write), expected, atol=1e-5)
     assert torch.allclose(meta.control(e, z), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [5, 0])
+def test_labelled_controllers_are_one_matrix_a_subgoal(rank):
+    torch.manual_seed(rank)
+    controllers = rl.LabelledControllers(replace(CONFIG, rank=rank)).double()
+    torch.nn.init.normal_(controllers.b)
+    assert controllers.b.shape == (4, rank or 32, 32) and controllers.a.requires_grad == (rank > 0)
+    e, subgoal = torch.randn(6, 9, 32, dtype=torch.float64), torch.randint(3, (6, 9), generator=generator())  # the last of the four never
+    found, old = controllers(e, subgoal), low_rank_control(e, controllers.a[subgoal], controllers.b[subgoal])
+    assert torch.allclose(found, old, rtol=0, atol=1e-12)
+    for i in range(6):
+        for t in range(9):
+            a, b = controllers.a[subgoal[i, t]], controllers.b[subgoal[i, t]]
+            u = b.T @ a / 32 ** 0.5
+            assert rank or torch.allclose(u, b.T, atol=1e-6)  # a full matrix; √C is rounded to float32
+            assert torch.linalg.matrix_rank(u) == (rank or 32)
+            assert torch.allclose(found[i, t], e[i, t] + u @ e[i, t], rtol=0, atol=1e-12)
+            assert torch.allclose(controllers(e[i, t], subgoal[i, t]), found[i, t], rtol=0, atol=1e-12)
+    trained = [p for p in controllers.parameters() if p.requires_grad]
+    for ours, theirs in zip(*(torch.autograd.grad((x ** 2).sum(), trained) for x in (found, old))):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10) and not ours[3].any() and ours[:3].any()
 
 
 def test_gate_replaces_and_holds():
@@ -400,22 +489,27 @@ def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the
         assert not torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3] + 1), atol=1e-4)
 
 
-def test_history_excludes_the_present(base, meta, batch):
+@pytest.mark.parametrize("read_embedding", [False, True])
+def test_history_excludes_the_present(read_embedding, base, meta, batch, monkeypatch):
     """h_{t−1} with e_t: the gate of step t is the gate that acting computes step by step."""
+    monkeypatch.setattr(rl, "THRESHOLD", -1.0)
+    config = replace(CONFIG, read_embedding=read_embedding)
     with torch.no_grad():
-        e = base.lower(batch.observation)
-        z, beta, _, _ = meta(e, batch.length, generator())
-        control = rl.InternalControl(replace(CONFIG, threshold=-1.0), meta, lambda x, games: z[games, len(control.trace)], 24)
+        e, embedding = base.lower(batch.observation), base.embed(batch.observation)
+        z, beta, _, _ = meta(rl.meta_input(config, base, batch.observation), batch.length, generator())
+        control = rl.CodeIntervention(config, meta, lambda x, games: z[games, len(control.trace)], 24)
         games = torch.arange(24)
         for t in range(5):
-            control(e[:, t], games, t)
+            controlled = control(rl.Moment(e[:, t], embedding[:, t], games, t))
+            assert control.trace[t][2].all() and torch.allclose(controlled, meta.control(e[:, t], z[:, t]), atol=1e-5)
     for t in range(1, 5):
         assert torch.allclose(control.trace[t][1], beta[:, t], atol=1e-5)
 
 
 def test_gradient_reaches_every_trainable_and_no_frozen_parameter(base, meta, batch):
     rl.frozen(base)
-    loss, _, _ = rl.discovery_loss(base, meta, *rl.two_worlds(CONFIG, base, batch, generator()), 0.1, generator())
+    loss, nll, kl, _ = rl.discovery_loss(CONFIG, base, meta, rl.two_worlds(CONFIG, base, batch, generator()), 0.1, generator())
+    assert loss.item() == pytest.approx(nll.item() + 0.1 * kl.item(), rel=1e-6)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
     assert all(p.grad is None for p in base.parameters())
@@ -439,16 +533,42 @@ def test_mirrored_trajectories_still_obey_the_rules(batch):
         assert torch.equal(to, agent[:, t + 1])
 
 
+@pytest.mark.parametrize("mirror,read_embedding,swap", [(m, r, s) for m in (False, True) for r in (False, True) for s in (False, True)])
+def test_codes_are_inferred_in_one_world_and_decoded_in_another(mirror, read_embedding, swap, base, batch):
+    config = replace(CONFIG, mirror=mirror, read_embedding=read_embedding, swap=swap)
+    e, e_image, image, partner = rl.two_worlds(config, base, batch, generator(3))
+    expected = rl.mirrored(config, batch, generator(3)) if mirror else batch
+    assert torch.equal(image.observation, expected.observation) and torch.equal(image.action, expected.action)
+    assert torch.equal(image.observation, batch.observation) == (not mirror) and image.length is batch.length
+    assert torch.equal(e, base.embed(batch.observation) if read_embedding else base.lower(batch.observation))
+    assert torch.allclose(e_image, base.lower(image.observation)[:, :-1], atol=1e-6) and not e_image.requires_grad
+    assert (partner is None) == (not swap)
+    assert not swap or torch.equal(partner, gridworld.same_visits(batch.observation, 4, batch.length))
+
+
 # ----------------------------------------------------------------------------------------------------------------------- RL
 
 def test_partners_visit_the_same_colours():
-    grid, world = rl.Settings(walls=2), rl.Settings(**rl.PRESETS["ant", "tiny"])
-    ants = rl.expert_batch(world, 96, generator())
-    for config, batch in ((grid, rl.expert_batch(grid, 96, generator())), (world, ants), (world, rl.thinned(world, ants, 0.0, generator()))):
-        partner = rl.same_visits(config, batch)
+    grid, world = rl.configure("gridworld", "quick", walls=2), rl.configure("ant", "tiny")
+    ants = ant.expert_batch(world, 96, generator())
+    for config, batch in ((grid, gridworld.expert_batch(grid, 96, generator())), (world, ants), (world, ant.thinned(world, ants, None, generator()))):
+        partner = gridworld.same_visits(config.module.places(batch.observation, config.size), config.colours, batch.length)
         visits = [torch.unique_consecutive(batch.subgoal[i, :int(batch.length[i])]).tolist() for i in range(len(partner))]
         assert all(visits[i] == visits[j] for i, j in enumerate(partner.tolist())) and sorted(partner.tolist()) == list(range(len(partner)))
         assert all((i == j) == (visits.count(visits[i]) == 1) for i, j in enumerate(partner.tolist()))
+
+
+@pytest.mark.parametrize("subgoals,task,order", [("singles", "0-1-3", [0, 1, 3]), ("pairs", "0-1-6-7-2", [0, 0, 3, 3, 1])])
+def test_labels_follow_the_visits(subgoals, task, order):
+    config = rl.configure("gridworld", "tiny", size=7, colours=8, subgoals=subgoals, post_task=task)
+    controllers = rl.LabelledControllers(config)
+    torch.nn.init.normal_(controllers.b)
+    game = rl.new_game(config, rl.draw_layouts(config, 9, generator()), rl.post_task(config))
+    intervene, games, e = rl.with_labels(config, controllers)(game), torch.tensor([1, 4, 8]), torch.randn(3, 32)
+    for visits in range(len(order)):
+        game.visits = torch.zeros(9, dtype=torch.long)
+        game.visits[4] = visits
+        assert torch.equal(intervene(rl.Moment(e, None, games, 0)), controllers(e, torch.tensor([order[0], order[visits], order[0]])))
 
 
 def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
@@ -456,9 +576,9 @@ def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(bas
     policy = rl.Policy(CONFIG)
     layouts = gridworld.draw_layouts(64, 5, 4, 2, generator())
     actor = rl.PolicyActor(CONFIG, policy, 64, 0.7, generator(1))
-    control = rl.InternalControl(CONFIG, meta, actor, 64)
+    control = rl.CodeIntervention(CONFIG, meta, actor, 64)
     with torch.no_grad():
-        episodes = rl.play(CONFIG, base, layouts, [0, 1, 2, 3], generator(2), control)
+        episodes = rl.play(CONFIG, base, rl.new_game(CONFIG, layouts, [0, 1, 2, 3]), generator(2), control)
         fired = torch.zeros(64, dtype=torch.long)
         for games, _, switched in control.trace:
             fired[games[switched]] += 1
@@ -478,22 +598,34 @@ def test_gaussian_log_prob_against_torch():
 
 
 def test_advantage_and_surrogate_by_hand():
-    gain = rl.advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    gain = rl.advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     deviation = (3 / 16) ** 0.5
     assert gain.tolist() == pytest.approx([0.75 / (deviation + 1e-3)] + [-0.25 / (deviation + 1e-3)] * 3)
     old, new = torch.zeros(2, 2), torch.tensor([[0.5, 0.1], [-0.5, 9.0]])
     mask = torch.tensor([[True, True], [True, False]])
     # trajectory 0 (gain 2): ratio e^.5 is cut at 1.2; trajectory 1 (gain −1): ratio e^−.5 is cut at .8, the padding does not count
     expected = -((2 * 1.2 + 2 * np.exp(0.1)) + (-0.8)) / 2
-    assert rl.clipped_surrogate(new, old, torch.tensor([2.0, -1.0]), mask, 0.2).item() == pytest.approx(expected, rel=1e-5)
+    for clip in ({}, {"clip": 0.2}):
+        assert rl.clipped_surrogate(new, old, torch.tensor([2.0, -1.0]), mask, **clip).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [4, 10, 32])
+def test_each_pass_covers_every_episode_once(n):
+    success = (torch.arange(n) == 2).float()
+    parts = [part.tolist() for part in rl.minibatches(success, generator())]
+    passes = [sum(parts[i:i + 4], []) for i in (0, 4, 8)]
+    assert len(parts) == 12 and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(sorted(rows) == list(range(n)) for rows in passes) and passes[0] != passes[1] != passes[2]
+    for same in (torch.zeros(n), torch.ones(n)):  # every advantage is 0
+        assert not list(rl.minibatches(same, generator()))
 
 
 def test_gate_scores_by_hand():
     subgoal = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])
-    batch = rl.Batch(None, torch.zeros(1, 10, dtype=torch.long), subgoal, torch.tensor([10]))
+    batch = gridworld.Trajectories(None, torch.zeros(1, 10, dtype=torch.long), torch.tensor([10]), None, subgoal)
     beta = torch.tensor([[1.0, 0, 0, 0, 0.9, 0, 0.9, 0, 0, 0, 0]])  # one near the change at 3, one false; the change at 8 is missed
-    assert rl.gate_scores(beta, batch, 0.5, 1) == (0.5, 0.5)
-    assert rl.gate_scores(beta, batch, 0.5, 2) == (1.0, 1.0)
+    assert rl.gate_scores(beta, batch, 1) == (0.5, 0.5)
+    assert rl.gate_scores(beta, batch, 2) == (1.0, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- ant
@@ -540,12 +672,12 @@ def put(game, x, y, i=0, torques=0.0):
 def test_ant_visits_colours_in_order():
     game = ant_game("0-1")
     assert put(game, -1.8, 1.8) == (0, False, False, "") and game.agent.item() == 0
-    assert put(game, -0.9, 1.1) == (0, False, False, "") and game.stage.item() == 1
-    assert put(game, -0.2, 1.9) == (0, False, False, "") and game.stage.item() == 1  # still on colour 0: not a second, wrong visit
+    assert put(game, -0.9, 1.1) == (0, False, False, "") and game.visits.item() == 1
+    assert put(game, -0.2, 1.9) == (0, False, False, "") and game.visits.item() == 1  # still on colour 0: not a second, wrong visit
     assert put(game, -0.5, -0.2) == (0, False, False, "") and game.agent.item() == 9
     assert put(game, 0.5, 1.5) == (1, True, False, "solved")
     assert put(game, -1.5, -1.5) == (0, True, False, "solved")  # over: nothing moves any more
-    assert (game.agent.item(), game.steps.item(), game.stage.item()) == (2, 5, 2)
+    assert (game.agent.item(), game.steps.item(), game.visits.item()) == (2, 5, 2)
 
 
 @pytest.mark.parametrize("x,y,reason", [(0.5, 1.5, "wrong colour"), (-0.5, 0.5, "wall"), (2.1, 0.5, "outside"), (-2.1, 0.5, "outside"),
@@ -553,13 +685,13 @@ def test_ant_visits_colours_in_order():
 def test_what_ends_an_ants_game(x, y, reason):
     game = ant_game("0-1")
     assert put(game, x, y) == (0, True, False, reason)
-    assert put(game, -0.5, 1.5)[0] == 0 and game.stage.item() == 0  # too late
+    assert put(game, -0.5, 1.5)[0] == 0 and game.visits.item() == 0  # too late
 
 
 def test_ant_falls(monkeypatch):
     game = ant_game("0-1")
     game.simulation.qpos[0, 2] = 1.1
-    assert put(game, -0.5, 1.5) == (0, True, False, "fallen") and game.stage.item() == 0  # the colour below it does not count
+    assert put(game, -0.5, 1.5) == (0, True, False, "fallen") and game.visits.item() == 0  # the colour below it does not count
     monkeypatch.setattr(ant, "HEALTHY", (0.9, 1.0))
     assert put(ant_game("0"), -0.5, 1.5) == (0, True, False, "fallen")
 
@@ -573,7 +705,7 @@ def test_ants_time_limit():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_broken_simulation_ends_only_its_own_game(threads, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # MuJoCo may leave a MUJOCO_LOG.TXT
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ant.Simulation, "threads", threads)
     healthy, game = ant_game("0-1", ants=6), ant_game("0-1", ants=6)
     torques = np.random.default_rng(0).uniform(-1, 1, (3, 6, 8))
@@ -585,8 +717,72 @@ def test_broken_simulation_ends_only_its_own_game(threads, tmp_path, monkeypatch
             game.simulation.qpos[0, :2] = -0.5, 1.5  # above the right colour
         reward, terminated, _ = game.step(torques[t])
     assert [game.reason(i) for i in range(6)] == ["simulation"] * 2 + [""] * 4
-    assert reward.sum() == 0 and game.stage.sum() == 0 and terminated.tolist() == [True] * 2 + [False] * 4
+    assert reward.sum() == 0 and game.visits.sum() == 0 and terminated.tolist() == [True] * 2 + [False] * 4
     assert np.array_equal(game.simulation.state[2:], healthy.simulation.state[2:]) and torch.isfinite(game.observation()).all()
+    assert not list(tmp_path.iterdir())  # no MUJOCO_LOG.TXT
+
+
+def plain(state):
+    """One ant without `Simulation`: an MjData in this state [30]."""
+    data = mujoco.MjData(ant.Simulation.model)
+    mujoco.mj_setState(ant.Simulation.model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+    return data
+
+
+def plain_step(data, torques):
+    """One control step, the solver started cold → state [30], the first substep with a warning (or None)."""
+    state, warned = np.empty(30), None
+    data.ctrl[:], data.qacc_warmstart[:] = torques, 0
+    for k in range(ant.SUBSTEPS):
+        mujoco.mj_step(ant.Simulation.model, data)
+        if warned is None and data.warning.number.any():
+            warned = k
+    mujoco.mj_getState(ant.Simulation.model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+    return state, warned
+
+
+def test_simulation_equals_plain_mujoco():
+    layouts, random = ant.draw_layouts(5, 4, 4, 1, generator()), np.random.default_rng(0)
+    simulation = ant.Simulation(5)
+    simulation.put(slice(None), layouts.qpos.numpy(), layouts.qvel.numpy())
+    datas = [plain(state) for state in simulation.state]
+    for torques in random.uniform(-1, 1, (150, 5, 8)):
+        assert not simulation.step(torques, np.arange(5)).any()
+        assert np.array_equal(simulation.state, [plain_step(*each)[0] for each in zip(datas, torques)])
+
+
+def test_a_simulation_that_breaks_in_any_substep_is_noticed():
+    layouts, random = ant.draw_layouts(400, 4, 4, 1, generator()), np.random.default_rng(0)
+    simulation, ends = ant.Simulation(400), collections.Counter()
+    simulation.put(slice(None), layouts.qpos.numpy(), layouts.qvel.numpy())
+    simulation.qvel[:] += 10 ** random.uniform(0, 11, (400, 1)) * random.standard_normal((400, 14))
+    simulation.state[::2, 0] = 24.95  # s: some ants have walked for a while
+    torques = random.uniform(-1, 1, (400, 8))
+    torques[:20, 3] = np.nan
+    before = simulation.state.copy()
+    broken = simulation.step(torques, np.arange(400))
+    for i in range(400):
+        after, warned = plain_step(plain(before[i]), torques[i])
+        assert broken[i] == (warned is not None)
+        assert np.array_equal(simulation.state[i], before[i] if broken[i] else after)
+        ends[warned] += 1
+    assert set(ends) == {None, 0, 1, 2}, ends
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_ants_do_not_depend_on_threads_or_company(threads, monkeypatch):
+    layouts, orders = ant.draw_layouts(41, 4, 4, 1, generator()), np.random.default_rng(1)
+    torques = np.random.default_rng(0).uniform(-1, 1, (40, 41, 8))
+    together, apart = ant.Simulation(41), ant.Simulation(41)
+    for simulation in (together, apart):
+        simulation.put(slice(None), layouts.qpos.numpy(), layouts.qvel.numpy())
+    for now in torques:
+        monkeypatch.setattr(ant.Simulation, "threads", 1)
+        together.step(now, np.arange(41))
+        monkeypatch.setattr(ant.Simulation, "threads", threads)
+        for part in np.split(orders.permutation(41), [1, 1, 4, 20]):  # of 1, 0, 3, 16 and 21 ants
+            apart.step(now[part], part)
+    assert np.array_equal(together.state, apart.state)
 
 
 def test_ants_are_the_same_on_any_number_of_threads(monkeypatch):
@@ -596,6 +792,50 @@ def test_ants_are_the_same_on_any_number_of_threads(monkeypatch):
         paths.append(ant.expert_paths(layouts, 4, [0, 1, 2, 3], 60, generator(1), sigma=0.1))
         assert torch.equal(paths[-1].observation, paths[0].observation) and torch.equal(paths[-1].action, paths[0].action)
     assert not torch.equal(paths[0].action, ant.expert_paths(layouts, 4, [0, 1, 2, 3], 60, generator(2), sigma=0.1).action)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copies_of_an_ant_env_go_on_like_it(make_copy):
+    original = gymnasium.make("AntPinpad-v0", max_steps=60)
+    original.reset(seed=3)
+    torques = np.random.default_rng(0).uniform(-1, 1, (60, 8))
+    for now in torques[:5]:
+        original.step(now)
+
+    def finish(env):
+        results = [env.step(now) for now in torques[5:25]]
+        return results + [env.reset(), env.reset(seed=4), env.step(torques[0])]
+
+    first, second = make_copy(original), make_copy(original)
+    state = original.unwrapped.game.simulation.state.copy()
+    copied = finish(first)
+    assert np.array_equal(original.unwrapped.game.simulation.state, state)  # they share nothing
+    for env in (original, second):
+        for mine, theirs in zip(finish(env), copied):
+            assert np.array_equal(mine[0], theirs[0]) and repr(mine[1:]) == repr(theirs[1:])
+
+
+IN_A_FORK = """
+import os, threading, torch, ant_tasks
+def run():
+    layouts = ant_tasks.draw_layouts(6, 4, 4, 1, torch.Generator().manual_seed(0))
+    return ant_tasks.expert_paths(layouts, 4, [0, 1, 2, 3], 40, torch.Generator().manual_seed(1)).observation
+ant_tasks.Simulation.threads = 2
+expected = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), expected) else 1)
+found = []
+workers = [threading.Thread(target=lambda: found.append(run())) for _ in range(3)]
+[worker.start() for worker in workers], [worker.join() for worker in workers]
+assert len(found) == 3 and all(torch.equal(each, expected) for each in found)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_ants_walk_in_forks_and_python_threads():
+    assert subprocess.run([sys.executable, "-c", IN_A_FORK], cwd=HERE, timeout=120).returncode == 0
 
 
 def test_batched_ants_equal_gymnasium():
@@ -615,7 +855,7 @@ def test_batched_ants_equal_gymnasium():
         for i in np.flatnonzero(~np.array(over)):
             observation, r, term, trunc, info = envs[i].step(torques[i])
             assert np.array_equal(observation, game.observation()[i]) and (r, term, trunc) == (reward[i], terminated[i], truncated[i])
-            assert (info["stage"], info["cell"], info["reason"]) == (game.stage[i], game.agent[i], game.reason(i))
+            assert (info["visits"], info["cell"], info["reason"]) == (game.visits[i], game.agent[i], game.reason(i))
             over[i] = term or trunc
             ends[info["reason"]] += over[i]
     assert all(over) and len(ends - collections.Counter([""])) >= 3, ends
@@ -630,7 +870,7 @@ def test_ant_gymnasium_checks(mode):
         check_env(env)
     first, info = env.reset(seed=5)
     assert np.array_equal(first, env.reset(seed=5)[0]) and not np.array_equal(first, env.reset(seed=6)[0])
-    assert first.shape == (41,) and (info["stage"], info["reason"]) == (0, "")
+    assert first.shape == (41,) and (info["visits"], info["reason"]) == (0, "")
     picture = env.render()
     assert picture is None if mode is None else picture.shape == (256, 256, 3)
 
@@ -692,11 +932,11 @@ def test_picture_shows_cells_and_ant():
 
 
 def test_ant_expert_solves_tasks_and_walks_only_where_it_may():
-    tasks = gridworld.pretraining_tasks("singles")[0][torch.arange(64) % 16]
+    tasks = gridworld.pretraining_tasks("singles")[torch.arange(64) % 16]
     layouts = ant.draw_layouts(64, 4, 4, 1, generator(3))
     paths = ant.expert_paths(layouts, 4, tasks, 500, generator(4), sigma=0.1)
-    assert paths.solved.float().mean() >= 0.85
-    for i in paths.solved.nonzero()[:, 0].tolist():
+    assert paths.success.float().mean() >= 0.85
+    for i in paths.success.nonzero()[:, 0].tolist():
         x, y = (paths.observation[i, :paths.length[i] + 1, 27:29].double() * 2).T.numpy()
         assert max(abs(x).max(), abs(y).max()) <= 2
         cells = [4 * int(2 - b) + int(2 + a) for a, b in zip(x, y)]
@@ -704,6 +944,7 @@ def test_ant_expert_solves_tasks_and_walks_only_where_it_may():
         assert cells[0] == layouts.agent[i] and layouts.walls[i].item() not in cells
         colours = layouts.colours[i].tolist()
         assert [colours.index(cell) for cell in entered if cell in colours] == tasks[i].tolist()
+        assert torch.unique_consecutive(paths.subgoal[i, :paths.length[i]]).tolist() == tasks[i].tolist()
 
 
 def ant_command(*arguments):
@@ -790,12 +1031,16 @@ def test_expert_data_is_kept_and_refused_when_it_does_not_fit(tmp_path):
 
 
 def test_stored_episodes_are_whole_and_mirrored_copies_keep_their_colours(tmp_path):
-    config = rl.Settings(**{**rl.PRESETS["ant", "tiny"], "trajectories": 24, "max_steps": 250})
-    stored = rl.StoredEpisodes(config, tmp_path, 0.1)
+    config = rl.configure("ant", "tiny", trajectories=24, max_steps=250, thin=1.0)
+    stored = ant.StoredEpisodes(config, 0.1, tmp_path)
     count = len(stored.length)
     assert 18 <= count <= 24 and len(stored.observation) == (stored.length + 1).sum()
     whole = stored.pick(torch.arange(count))
-    for batch in [whole, *rl.expert_batches(config, 6, generator(), 0.1, 2, stored)]:
+    data = rl.ExpertData(rl.Run(config, tmp_path, torch.device("cpu"), tmp_path), 6, 0.1, generator())
+    drawn = ant.source(config, 0.1, tmp_path)(12, generator())
+    assert len(drawn.length) == 12 and set(drawn.length.tolist()) <= set(stored.length.tolist())
+    assert sum((whole.observation[:, 0] == start).all(1).any() for start in drawn.observation[:, 0]) <= 4  # the others are mirrored
+    for batch in [whole, drawn, data.batch(0), data.batch(None)]:
         places = ant.places(batch.observation, 4)
         rows = torch.arange(len(batch.length))
         last = places[rows, batch.length]  # the episode ends on the colour it was heading for
@@ -803,6 +1048,22 @@ def test_stored_episodes_are_whole_and_mirrored_copies_keep_their_colours(tmp_pa
         assert torch.equal(last[:, -1], last.gather(1, target[:, None])[:, 0])
         assert batch.observation.isfinite().all() and (batch.action.abs() <= 1).all()
 
+
+def test_expert_batches_are_dealt_by_length():
+    run = rl.Run(rl.configure("gridworld", "tiny"), "nowhere", torch.device("cpu"))
+    data, pools = rl.ExpertData(run, 8, 0.0, generator()), []
+    draw = data.draw
+    data.draw = lambda n, generator: pools.append(draw(n, generator)) or pools[-1]
+    deals = [data.batch(0) for _ in range(32)]
+    assert [len(pool.length) for pool in pools] == [128, 128]  # of fresh, noiseless trajectories the expert solves all
+    for pool, batches in zip(pools, (deals[:16], deals[16:])):
+        assert all(len(batch.length) == 8 and batch.action.shape[1] == batch.length.max() for batch in batches)
+        batches = sorted(batches, key=lambda batch: (int(batch.length.min()), int(batch.length.max())))
+        assert torch.equal(torch.cat([batch.length.sort().values for batch in batches]), pool.length.sort().values)
+        whole = lambda batch: {(o[:n + 1].numpy().tobytes(), a[:n].numpy().tobytes(), g[:n].numpy().tobytes())
+                               for o, a, g, n in zip(batch.observation, batch.action, batch.subgoal, batch.length.tolist())}
+        assert set.union(*map(whole, batches)) == whole(pool)
+    assert not torch.equal(pools[0].length, pools[1].length)
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
@@ -815,16 +1076,25 @@ SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer
          "--audition-steps", 16)
 
 
-def test_tiny_run_end_to_end(tmp_path):
-    done = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The process and the folder of a finished run; copy it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return command("--task", "gridworld", *SMALL, "--out", folder), folder
+
+
+def test_tiny_run_end_to_end(finished, tmp_path):
+    done, folder = finished
     assert done.returncode == 0, done.stderr
     assert "token-level" in done.stdout
+    shutil.copytree(folder, tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "audition.pt", "discover.pt", "rl.pt", "raw.pt",
                      "gates.png", "probe.png", "success.png", "codes.png", "episode.png", "episode.gif"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
+    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, audition=16, discover=32, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     again = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
     assert again.returncode == 0 and "reused" in again.stdout
@@ -837,11 +1107,28 @@ def test_tiny_run_end_to_end(tmp_path):
     assert broken.returncode == 2 and "discover.pt cannot be read" in broken.stderr and len(broken.stderr.splitlines()) == 1
 
 
+def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path):
+    done, folder = finished
+    assert "gate precision, ±1 steps" in done.stdout and "±2" not in done.stdout
+    shutil.copytree(folder, tmp_path / "run")
+    kept = [file for file in (tmp_path / "run").iterdir() if file.suffix in (".pt", ".jsonl")]
+    before = {file: file.read_bytes() for file in kept}
+    assert len(kept) == 8
+    again = command("--task", "gridworld", *SMALL, "--tolerance", 2, "--evaluation", 40, "--out", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert "gate precision, ±2 steps" in again.stdout and "gate recall, ±2 steps" in again.stdout and "±1" not in again.stdout
+    one, two = (json.loads((place / "result.json").read_text()) for place in (folder, tmp_path / "run"))
+    assert one.keys() - {"switches_solved"} == two.keys() - {"switches_solved"} and one["gap"] == two["gap"] and one["seconds"] == two["seconds"]
+    if not math.isnan(one["gate_precision"]):
+        assert two["gate_precision"] >= one["gate_precision"] and two["gate_recall"] >= one["gate_recall"]
+
+
 def test_tiny_ant_run_end_to_end(tmp_path):
     arguments = ("--task", "ant", "--preset", "tiny", "--device", "cpu", "--data", tmp_path / "data", "--out", tmp_path / "run")
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "raw-action RL" in done.stdout
+    assert "raw-action" in done.stdout and "token-level" not in done.stdout
     names = {file.name for file in (tmp_path / "run").iterdir()}
     assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "audition.pt", "discover.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
                      "success.png", "codes.png", "episode.png", "episode.gif"}
@@ -859,36 +1146,55 @@ def test_tiny_ant_run_end_to_end(tmp_path):
 
 def test_resumed_run_equals_uninterrupted(tmp_path):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
-    config = rl.Settings(**{**rl.PRESETS["gridworld", "tiny"], "pretrain_steps": 48, "audition_steps": 32, "discover_steps": 48, "rl_episodes": 768, "probe_steps": 16,
-                            "steer_steps": 16})
+    config = rl.configure("gridworld", "tiny", pretrain_steps=48, audition_steps=32, discover_steps=48, rl_episodes=768, probe_steps=32,
+                          steer_steps=32)
 
     def everything(run):
-        base = rl.pretrain(run)
+        base, gap = rl.pretrain(run)
+        accuracy, steered = rl.train_probe(run, base), rl.steer(run, base)
         meta = rl.discover(run, base)
-        rl.reinforcement(run, base, meta, "internal")
-        rl.reinforcement(run, base, meta, "raw")
+        rl.internal_rl(run, base, meta)
+        rl.raw_rl(run, base)
+        return gap, accuracy, steered.tolist()
 
     whole, parts = (rl.Run(config, tmp_path / name, torch.device("cpu")) for name in ("whole", "parts"))
     for run in (whole, parts):
         run.folder.mkdir()
-    everything(whole)
+    expected = everything(whole)
     stops = 0
     while True:
         parts.stop = signal.SIGINT
         try:
-            everything(parts)
+            found = everything(parts)
             break
         except SystemExit as stopped:
             assert stopped.code == 130
             stops += 1
-    assert stops >= 8
-    for stage in ("pretrain", "audition", "discover", "rl", "raw"):
+    assert stops == 11 and found == expected  # one after each round but a stage's last: 3, 2, 2, 2, 3 and 3, 3 of them
+    for stage in rl.STAGES:
         a, b = whole.load(stage), parts.load(stage)
+        assert a.keys() == b.keys() and a["steps"] == b["steps"]
         for name, module in a["modules"].items():
             for key, value in module.items():
                 assert torch.equal(value, b["modules"][name][key]), (stage, key)
     drop_time = lambda run: [{k: v for k, v in line.items() if k != "time_s"} for line in run.metrics()]
     assert str(drop_time(whole)) == str(drop_time(parts))
+
+
+def test_steps_are_counted_and_their_numbers_averaged(tmp_path, capsys):
+    run, module = rl.Run(rl.configure("gridworld", "tiny"), tmp_path, torch.device("cpu")), torch.nn.Linear(1, 1)
+    seen = []
+    for step in run.steps("probe", 7, generator(), torch.optim.AdamW(module.parameters()), unit=3, reports=2, probe=module):
+        seen.append((step.number, step.count, step.due, step.progress))
+        step.log(loss=torch.tensor(float(step.number), requires_grad=True), share=0.5 * step.number, episodes=10 * step.number)
+        if step.due:
+            step.log(accuracy=[step.number, 0.25], held=step.number)
+    assert seen == [(i, 7, i in (2, 5, 8), min(1, i / 7)) for i in range(9)]  # whole rounds; reported: each, as 3 // 2 is 1
+    lines = [{k: v for k, v in line.items() if k != "time_s"} for line in run.metrics()]
+    assert lines == [dict(stage="probe", step=s + 2, loss=s, share=s / 2, episodes=10 * (s + 1), accuracy=[s + 1, 0.25], held=s + 1) for s in (1, 4, 7)]
+    assert "probe 9/9 loss 7.000 share 3.500 episodes 80" in capsys.readouterr().out
+    assert not list(run.steps("probe", 7, generator(), None, unit=3, probe=module))  # finished
+    assert run.load("probe")["steps"] == 9
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -905,13 +1211,27 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     assert (tmp_path / "run/pretrain.pt").exists()
 
 
-def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
-    run = rl.Run(rl.Settings(**rl.PRESETS["gridworld", "tiny"]), tmp_path, torch.device("cpu"))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, torch.tensor(math.nan)])
+@pytest.mark.parametrize("name", ["loss", "nll", "kl"])
+def test_not_a_number_stops_and_names_the_checkpoint(bad, name, tmp_path, capsys):
+    run = rl.Run(rl.configure("gridworld", "tiny"), tmp_path, torch.device("cpu"))
     module = torch.nn.Linear(1, 1)
-    with pytest.raises(SystemExit) as stopped:
-        rl.train(run, "pretrain", {"base": module}, {}, generator(), 3, lambda i: {"loss": float("nan") if i else 1.0}, 1, None)
-    assert stopped.value.code == 1
-    assert "round 2" in capsys.readouterr().err and not (tmp_path / "pretrain.pt").exists()
+    optimizer = torch.optim.AdamW(module.parameters())
+
+    def train(count):
+        with pytest.raises(SystemExit) as stopped:
+            for step in run.steps("pretrain", 3, generator(), optimizer, unit=1, base=module):
+                step.log(**{name: bad if step.number == count else 1.0})
+        return stopped.value.code
+
+    assert train(1) == 1
+    error = capsys.readouterr().err
+    assert f"{name} is not finite at step 2" in error and "none yet" in error and not (tmp_path / "pretrain.pt").exists()
+    run.stop = signal.SIGINT
+    assert train(1) == 130
+    kept = (tmp_path / "pretrain.pt").read_bytes()
+    assert train(1) == 1 and f"last good checkpoint: {tmp_path / 'pretrain.pt'}" in capsys.readouterr().err
+    assert (tmp_path / "pretrain.pt").read_bytes() == kept
 
 
 @pytest.mark.parametrize("arguments,word", [
@@ -919,9 +1239,12 @@ def test_not_a_number_stops_and_names_the_checkpoint(tmp_path, capsys):
     (["--layers", "3"], "layers"), (["--size", "3", "--subgoals", "pairs", "--colours", "8", "--walls", "0"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
     (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--task", "ant", "--thin", "0"], "thin"),
-    (["--thin", "0.5"], "thin"), (["--next-cell", "1"], "next_cell"), (["--bursts", "0.1"], "bursts"), (["--trajectories", "64"], "trajectories"),
-    (["--task", "ant", "--trajectories", "5000"], "trajectories"), (["--task", "ant", "--trajectories", "2"], "trajectories"), (["--task", "ant", "--stage", "bench"], "bench"), (["--threshold", "2"], "threshold"),
-    (["--evaluation", "100"], "evaluation"),
+    (["--thin", "0.5"], "thin"), (["--next-cell", "1"], "next-cell"), (["--bursts", "0.1"], "bursts"), (["--trajectories", "64"], "trajectories"),
+    (["--task", "ant", "--trajectories", "5000"], "trajectories"), (["--task", "ant", "--trajectories", "2"], "trajectories"), (["--threshold", "2"], "threshold"),
+    (["--evaluation", "7"], "evaluation"), (["--task", "ant", "--next-cell", "-1"], "next_cell"), (["--task", "ant", "--bursts", "2"], "bursts"),
+    (["--task", "../ant"], "../ant"), (["--task", "numpy"], "numpy"), (["--task"], "--task"), (["--control-layer", "5"], "control_layer"),
+    (["--post-task", "0-0"], "twice"), (["--subgoals", "triples"], "triples"), (["--weight-decay", "inf"], "weight_decay"), (["--size", "5.5"], "5.5"),
+    (["--noise", "many"], "many"), (["--width", "0"], "width"), (["--rl-batch", "1"], "rl_batch"), (["--seed", "-1"], "seed"), (["--seeds", "0,-1"], "seed"),
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ])
 def test_refused_inputs(arguments, word, tmp_path, capsys):
@@ -937,6 +1260,79 @@ def test_bench_command(tmp_path):
     assert done.returncode == 0 and done.stdout.count("bench:") == 3 and not list(tmp_path.iterdir())
 
 
-def test_help_names_every_setting():
-    shown = command("--help").stdout
-    assert all("--" + setting.name.replace("_", "-") in shown for setting in rl.fields(rl.Settings))
+@pytest.mark.parametrize("name", ["gridworld", "ant"])
+def test_help_names_every_setting(name):
+    shown, own = command("--task", name, "--help").stdout, {"trajectories", "bursts", "thin", "next_cell"}
+    settings = [s.name for s in rl.fields(rl.configure(name, "quick"))[1:]]
+    assert all("--" + setting.replace("_", "-") in shown for setting in ["task", "preset", "stage", "seeds", "device", "out", "data", *settings])
+    assert own & set(settings) == (own if name == "ant" else set()) and ("--bursts" in shown) == (name == "ant")
+
+
+# ------------------------------------------------------------------------------------------------------------------- worlds
+
+@pytest.mark.parametrize("name", ["gridworld", "ant"])
+def test_every_default_and_preset_lies_in_its_range(name):
+    presets = {preset: rl.configure(name, preset) for preset in rl.load_world(name).PRESETS}
+    assert presets.keys() == {"quick", "tiny", "paper"}
+    for preset, config in presets.items():
+        rl.check(config)
+        assert config.world == name and config.module is {"gridworld": gridworld, "ant": ant}[name]
+        for s in rl.fields(config):
+            low, high, choices = (s.metadata[k] for k in ("low", "high", "choices"))
+            assert s.metadata["help"] and s.metadata["stages"] <= rl.STAGES.keys() and (low is None) == (high is None)
+            for value in (s.default, getattr(config, s.name)):
+                assert type(value) is s.type or (s.type is float and type(value) is int), (preset, s.name, value)
+                assert low is None or low <= value <= high, (preset, s.name, value)
+                assert choices is None or value in choices, (preset, s.name, value)
+            assert low is not None or s.type in (bool, str), s.name  # every number has a range
+
+
+def test_starting_the_grid_does_not_import_mujoco():
+    code = "import sys, internal_rl; internal_rl.configure('gridworld', 'tiny'); assert 'mujoco' not in sys.modules and 'ant_tasks' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=120).returncode == 0
+
+
+def test_the_method_has_no_branch_on_the_world():
+    source = (HERE / "internal_rl.py").read_text()
+    assert '"ant"' not in source and "'ant'" not in source
+    tree = ast.parse(source)
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    texts |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "help" for part in ast.walk(node.value)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            assert "ant_tasks" not in node.value and node.value != "ant"
+        assert not (isinstance(node, (ast.Name, ast.alias)) and "ant_tasks" in (getattr(node, "id", None), getattr(node, "name", None)))
+        if isinstance(node, (ast.Compare, ast.Match)):  # neither config.world nor the module is compared with anything
+            assert not {getattr(part, "attr", None) for part in ast.walk(node)} & {"world", "module"}, ast.unparse(node)
+
+
+def copied(folder, name, old="", new=""):
+    """A third world `name` beside a copy of internal_rl.py: the grid, with `old` in its source replaced by `new`."""
+    for file in ("internal_rl.py", "gridworld.py"):
+        shutil.copy(HERE / file, folder)
+    source = (HERE / "gridworld.py").read_text().replace("GridworldPinpad-v0", "Copy-v0")
+    assert old in source
+    (folder / f"{name}.py").write_text(source.replace(old, new))
+    return lambda *arguments: subprocess.run([sys.executable, folder / "internal_rl.py", "--task", name, *map(str, arguments)], capture_output=True,
+                                             text=True, cwd=folder)
+
+
+def test_a_third_world_is_one_file(tmp_path):
+    run = copied(tmp_path, "maze", "SETTINGS = {}", 'SETTINGS = {"depth": (3, "of the maze", 1, 9)}')
+    arguments = ("--preset", "tiny", "--stage", "steer", "--device", "cpu", "--pretrain-steps", 16, "--steer-steps", 16, "--depth", 4)
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "labelled controllers" in done.stdout and (tmp_path / "runs/maze-tiny-s0/steer.pt").exists()
+    settings = json.loads((tmp_path / "runs/maze-tiny-s0/config.json").read_text())
+    assert (settings["world"], settings["depth"]) == ("maze", 4)
+    refused = run(*arguments[:-1], 10)
+    assert refused.returncode == 2 and "depth 10 is outside 1 … 9" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    refused = run(*arguments[:-2])  # the world's own settings are of the base model's stage
+    assert refused.returncode == 2 and "depth=4, not 3" in refused.stderr
+
+
+@pytest.mark.parametrize("old,new,words", [("def thinned(", "def thicker(", "it lacks thinned"), ("RAW =", "COOKED =", "it lacks RAW")])
+def test_an_incomplete_world_is_refused(old, new, words, tmp_path):
+    refused = copied(tmp_path, "maze", old, new)("--preset", "tiny", "--device", "cpu")
+    assert refused.returncode == 2 and "maze.py" in refused.stderr and refused.stderr.endswith(words + "\n") and len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
