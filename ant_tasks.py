@@ -37,6 +37,7 @@ START_HEIGHT, START_JOINTS = 0.55, np.array([0, 0.6, 0, -0.6, 0, -0.6, 0, 0.6]) 
 SUBSTEPS, CONTROL_STEP = 3, 0.05  # simulation steps in a control step, s
 QPOS, QVEL = 15, 14  # position 3, quaternion 4, joints 8; velocity 3, angular velocity 3, joint velocities 8
 OBSERVATION, ACTION = 31, 8  # numbers of an observation without its 2N for the objects, torques
+FEATURES, SHARD = 40, 2000  # numbers of `body_features`; episodes in a file
 
 # differs from the paper: implicitfast with three steps of 1/60 s instead of (probably) the stock RK4: faster.
 MODEL = mujoco.MjModel.from_xml_path(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"))
@@ -280,9 +281,6 @@ def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0, bursts=0
 
 # --------------------------------------------------------------------------------------------------- symmetry
 
-SYMMETRIES = 32
-
-
 def symmetry(quaternion, spin, pair, joints):
     """A map of observations [..., D] and torques [..., 8], from what becomes of the quaternion (w, x, y, z), the angular
     velocity (x, y, z), every pair (x, y) of world coordinates and the joints [..., 8]."""
@@ -328,9 +326,6 @@ def mirror(observation, action, k, size):
     """Each episode in the image k [B] of its world: observation [B, T, D], action [B, T, 8] → the same shapes"""
     observations, actions = (x.to(observation.device) for x in symmetries((observation.shape[-1] - OBSERVATION) // 2))
     return observation @ observations[k].transpose(1, 2), action @ actions[k].transpose(1, 2)
-
-
-FEATURES = 40  # numbers of `body_features`
 
 
 def places(observation, size):
@@ -447,6 +442,7 @@ PRESETS = {
         discover_batch=128, discover_lr=3e-4, mirror=False, alpha=0.1, alpha_free=0.0, alpha_ramp=0.0,
         rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_start=1.0, std_end=1.0),
 }
+SYMMETRIES = 32  # images of a world, see `mirror`
 RAW = "raw-action"  # what RL on the model's own actions is called
 LOOK = dict(trajectories=256, layouts=16, film=(4, 10))  # how much is looked at; see internal_rl.py
 EXPECT = dict(  # medians of three seeds of the quick preset
@@ -465,9 +461,6 @@ def expert_batch(config, n, generator, noise=0.0):
     """Those of n fresh expert trajectories that are solved (pushed, it fails in one of seven): D, or D* (noise = 0)."""
     expert = functools.partial(expert_paths, bursts=config.bursts)
     return gridworld.expert_batch(config, n, generator, noise, draw_layouts=draw_layouts, expert_paths=expert)
-
-
-SHARD = 2000  # episodes in a file
 
 
 def expert_data(folder, shards, settings, make):
@@ -560,8 +553,7 @@ def ways(batch, size):
 def thinned(config, batch, progress, generator):
     """The steps to train on: those that enter a cell, and a random share of the others, from config.thin at progress 0
     to all at 1 (None: none of them). What follows a step is then the next that was kept."""
-    # differs from the paper: only on entering a cell, every fifteen steps or so, does the motion not give the action away.
-    # On all steps at once a model learns to continue the motion and never to choose it.
+    # differs from the paper: within a cell the motion gives the action away; a model learns to continue it, not to choose.
     if config.thin == 1:
         return batch
     share = 0 if progress is None else config.thin ** (1 - progress ** 3)
@@ -599,7 +591,8 @@ class Embedding(nn.Module):
 
 class Head(nn.Module):
     """Last residual [..., C] → mean and ln σ of the torques [..., 16]; and what comes next, for Eq. 4."""
-    # differs from the paper: one learned spread for all states; else controllers gain on the noiseless D* by shrinking it.
+    # differs from the paper: one learned spread for all states; else controllers gain on the noiseless D* by shrinking it,
+    # without steering.
 
     def __init__(self, config):
         super().__init__()
@@ -646,7 +639,6 @@ def picture(observation, size, colours, pixels=64):
     xy = observation[27:29] * size / 2
     objects = cells_at(xy + observation[31:].reshape(-1, 2) * size, size)[0]
     image = gridworld.draw_cells(objects[:colours], objects[colours:], size, pixels)
-
     data = mujoco.MjData(MODEL)
     data.qpos[:] = np.concatenate([xy, observation[:QPOS - 2]])
     mujoco.mj_kinematics(MODEL, data)
@@ -731,20 +723,28 @@ gymnasium.register("AntPinpad-v0", entry_point="ant_tasks:AntPinpad")
 # ------------------------------------------------------------------------------------------------------- demo
 
 def demo(folder, n, seed):
-    """Prints success and speed of the expert in n episodes of each kind; films one as ant.png and ant.gif."""
+    """Prints success of the expert in n episodes of each kind, speed of the simulation; films ant.png and ant.gif."""
     def episodes(tasks, sigma, n, seed):
         generator, own = torch.Generator().manual_seed(seed), tasks[torch.arange(n) % len(tasks)]
-        return expert_paths(draw_layouts(n, 4, 4, 1, generator), 4, own, 500, generator, sigma)
+        layouts = draw_layouts(n, 4, 4, 1, generator)
+        return layouts, expert_paths(layouts, 4, own, 500, generator, sigma)
 
-    print(f"{n} expert episodes each{'success':>24}{'mean steps':>14}{'control steps/s':>18}")
+    print(f"{n} expert episodes each{'success':>24}{'mean steps':>14}")
     withheld = torch.tensor([[0, 1, 2, 3]])
     for name, tasks in (("16 pretraining tasks", gridworld.pretraining_tasks("singles")), ("0-1-2-3", withheld)):
         for sigma in (0, 0.1):
-            started, paths = time.perf_counter(), episodes(tasks, sigma, n, seed)
-            speed, steps = paths.length.sum() / (time.perf_counter() - started), paths.length.float().mean()
-            print(f"{f'{name}, σ = {sigma}':32}{paths.success.mean():15.3f}{steps:14.1f}{speed:18,.0f}", flush=True)
+            _, paths = episodes(tasks, sigma, n, seed)
+            print(f"{f'{name}, σ = {sigma}':32}{paths.success.mean():15.3f}{paths.length.float().mean():14.1f}", flush=True)
 
-    paths = episodes(withheld, 0, 32, seed + 1)
+    layouts, paths = episodes(withheld, 0, 256, seed)
+    game, started = Game(layouts, 4, withheld[0], 50), time.perf_counter()
+    for t in range(50):
+        game.step(paths.action[:, t])
+        game.observation()
+    speed = game.steps.sum() / (time.perf_counter() - started)
+    print(f"simulation with observations, 256 ants, {Simulation.threads} threads: {speed:,.0f} control steps/s")
+
+    _, paths = episodes(withheld, 0, 32, seed + 1)
     chosen = int(paths.success.argmax())  # the first that is solved
     frames = [picture(seen, 4, 4) for seen in paths.observation[chosen, :paths.length[chosen] + 1]]
     pursued = paths.subgoal[chosen, :len(frames) - 1].tolist()

@@ -313,9 +313,6 @@ def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0):
 
 # --------------------------------------------------------------------------------------------------- symmetry
 
-SYMMETRIES = 8
-
-
 @functools.cache
 def symmetries(size):
     """The 8 rotations and reflections of the square: new cell of each cell [8, G²], new action of each [8, 4]."""
@@ -349,6 +346,7 @@ PRESETS = {
         audition_steps=0, discover_steps=64_000, discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1,
         alpha_free=0.0, alpha_ramp=0.0, rl_episodes=102_400_000, rl_lr=3e-5, raw_lr=3e-5, std_start=1.0, std_end=1.0),
 }
+SYMMETRIES = 8  # images of a world, see `mirror`
 RAW = "token-level"  # what RL on the model's own actions is called
 LOOK = dict(trajectories=1024, layouts=32, film=(1, 2))  # how much is looked at; see internal_rl.py
 EXPECT = dict(  # medians of three seeds of the quick preset

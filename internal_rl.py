@@ -1066,6 +1066,7 @@ def bench(run):
     optimizer, games = torch.optim.AdamW(meta.parameters()), torch.arange(64, device=device)
     batch = gridworld.Trajectories(integers(49, 64, 33, 13), integers(4, 64, 32), 0 * games + 32, None)
     game = gridworld.Game(gridworld.draw_layouts(8192, 5, 4, 1, generator), 5, [0, 1, 2, 3], 60)
+    actions = integers(4, 100, 8192)
 
     def discovery_step():
         worlds = two_worlds(config, base, batch, generator)
@@ -1080,7 +1081,7 @@ def bench(run):
             base.upper(intervene(Moment(e, e, games, t))[:, None], cache).softmax(-1)
 
     def environment_steps():
-        for action in integers(4, 100, 8192):
+        for action in actions:
             game.step(action)
             game.reset(game.done)
 
@@ -1094,7 +1095,7 @@ def bench(run):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        print(f"bench: {name} {scale * sorted(seconds[1:])[2]:.3f}")
+        print(f"bench: grid, {name} {scale * sorted(seconds[1:])[2]:.3f}")
 
 # ========================================================================================= Command line
 
