@@ -20,6 +20,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import mujoco
@@ -510,13 +511,17 @@ class StoredEpisodes:
         self.start = F.pad((self.length + 1).cumsum(0), (1, -1))
 
     def draw(self, n, generator):
-        """n of them, each in a random one of its 32 images."""
-        # differs from the paper: as good as a fresh one, because the simulation and the expert have these symmetries.
-        rows = torch.randint(len(self.length), (n,), generator=generator, device=generator.device).cpu()
-        batch = self.pick(rows).to(generator.device)
-        k = torch.randint(SYMMETRIES, (n,), generator=generator, device=generator.device)
-        observation, action = mirror(batch.observation, batch.action, k, size=None)
-        return replace(batch, observation=observation, action=action)
+        """n of them: their length [n], and pick(rows) → Trajectories, each in a random one of its 32 images."""
+        drawn = torch.randint(len(self.length), (n,), generator=generator, device=generator.device).cpu()
+
+        def pick(rows):
+            # differs from the paper: an image is as good as a fresh one, for simulation and expert are symmetric.
+            batch = self.pick(drawn[rows]).to(generator.device)
+            k = torch.randint(SYMMETRIES, (len(rows),), generator=generator, device=generator.device)
+            observation, action = mirror(batch.observation, batch.action, k, size=None)
+            return replace(batch, observation=observation, action=action)
+
+        return SimpleNamespace(length=self.length[drawn], pick=pick)
 
     def pick(self, rows):
         """The trajectories `rows` [B]; beyond the end of a trajectory its last row is repeated."""
@@ -527,7 +532,7 @@ class StoredEpisodes:
 
 
 def source(config, noise, folder):
-    """Where training trajectories come from: a function (n, generator) → Trajectories. They are kept in `folder`."""
+    """Where training trajectories come from: a function (n, generator) → n of them, with length [n] and pick(rows)."""
     if config.trajectories == 0:
         return lambda n, generator: expert_batch(config, n, generator, noise)
     return StoredEpisodes(config, noise, folder).draw

@@ -16,12 +16,12 @@ Contents
     Checkpoints · Looking inside · Figures · Benchmark · Command line
 
 One forward pass
-                                  s = f_emb(e_1…e_T)  sees the future; the policy π(z | e) replaces it in 5
-                                              │
- o_1…o_t ─► blocks 1…l ─► e_t ─┬─► history h ─┼─► encoder ─► μ_t, Σ_t ─► z̃_t ─┐
-                               │              └─► switch gate β_t ────────────┴─► z_t=β_t z̃_t+(1−β_t)z_{t−1}
-                               │                                                    │ hypernetwork
-                               └─► ê_t = e_t + U_t e_t ◄──── U_t = B(z_t)ᵀA(z_t) ◄──┘
+                             s = f_emb(e_1…e_{T+1}) sees the future; in 5 the policy π replaces encoder and s
+                                         │
+ o_1…o_t ─► blocks 1…l ─► e_t ─┬─► h_t ──┴─► encoder ─► μ_t, Σ_t ─► z̃_t ──┐
+                               │    └──► gate β_t(e_t, h_{t−1}, z_{t−1}) ─┴─► z_t = β_t z̃_t + (1−β_t) z_{t−1}
+                               │                                                │ hypernetwork
+                               └─► ê_t = e_t + U_t e_t ◄─── U_t = BᵀA/√C of z_t ┘
                                          └─► blocks l+1…L ─► p(a_t | o_1…o_t, z_1…z_t)
 
 Glossary (code name: paper symbol, where)
@@ -29,17 +29,16 @@ Glossary (code name: paper symbol, where)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
   h            causal history h_t                                        Metacontroller.history    Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
-  mu, sigma    μ_t, diagonal Σ_t of the proposed code                    Metacontroller.encoder    Eq. 14, 15
+  mu, log_sigma  μ_t, ln √Σ_t (diagonal) of the proposed code            Metacontroller.encoder    Eq. 14, 15
   beta         switch gate β_t (1 = take the proposal, 0 = keep)         Metacontroller.switch     Eq. 16
   z            controller code z_t ∈ R^{n_z}                             integrate                 Eq. 2, 17
   alpha        weight α of the KL to N(0, I)                             discovery_loss            Eq. 3, 9
   next_obs     weight λ of the next-observation loss                     pretraining_loss          Eq. 4, 5
+  batch        Trajectories: observation [B, T+1, D], action [B, T, …], subgoal, valid [B, T], length [B]
   D, D*        expert data for the base / for everything after it        ExpertData                App. C
 Dims: B batch, n games that still run, T actions of an episode, S switches of an episode, D numbers of an
 observation, C residual width, O colours, N objects (colours, then walls), K subgoals, V visits of a task,
 Z code, R rank, J hidden units of f_hyp.
-
-Run it: python internal_rl.py --task gridworld (or ant; --preset tiny: first contact; --help: every setting).
 What differs from the paper is marked where it happens: grep "differs from the paper".
 """
 import argparse
@@ -90,17 +89,17 @@ class Settings:
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step", 1, 10 ** 5)
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
     weight_decay: float = setting(0.03, "pretrain", "base model: AdamW weight decay", 0, 100)
-    cosine: bool = setting(True, "pretrain", "learning rates of stages 1-4 warm up, then fall along a cosine")
+    cosine: bool = setting(True, "pretrain", "learning rates (not the audition's) fall along a cosine")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss", 0, 1000)
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
     probe_lr: float = setting(3e-3, "probe", "probe: learning rate", 1e-12, 1e6)
-    control_layer: int = setting(0, "steer audition", "block l after which control acts; 0: L/2", 0, 128)
+    control_layer: int = setting(0, "steer audition", "control acts after this block l; 0: L/2", 0, 128)
     rank: int = setting(16, "steer audition", "rank of a linear controller U; 0: a full matrix", 0, 8192)
     control_decay: float = setting(0.03, "steer audition", "(meta)controllers: AdamW weight decay", 0, 100)
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
-    post_task: str = setting("0-1-2-3", "steer rl raw", "post-training task, of withheld transitions only")
+    post_task: str = setting("0-1-2-3", "rl raw", "post-training task, of withheld transitions only")
     candidates: int = setting(5, "audition", "metacontrollers that start; the best one goes on", 1, 100)
     audition_steps: int = setting(720, "audition", "training steps of each candidate, without KL", 0, 10 ** 8)
     discover_steps: int = setting(2200, "discover", "metacontroller: further training steps", 1, 10 ** 8)
@@ -127,8 +126,9 @@ class Settings:
         return load_world(self.world)
 
 # ==================================================================================== What stages share
-# A stage is a plain loop over `run.steps(…)`, which yields its training steps, goes on where an earlier run
-# stopped, and writes checkpoints and metrics in between (see Checkpoints, below the method).
+# A stage is a plain loop over `run.steps(…)`, which goes on where an earlier run stopped and saves. A `step`
+# has number, count, progress 0 … 1, due (time to report), log(…). Of `run`, generator(stage) is for training;
+# evaluation(purpose), held_out(noise), layouts(n) are draws, trajectories and boards for measuring.
 
 ROUND = 16  # steps of supervised training between two moments at which a run may stop; batches in a pool
 
@@ -153,16 +153,13 @@ def learning_rate(config, peak, step):
     return peak * min(1, (step.number + 1) / warm_up) * (0.02 + 0.98 * cosine)
 
 
-def frozen(module):
-    return module.requires_grad_(False).eval()
-
-
 class ExpertData:
     """Batches of expert trajectories: D (noise = config.noise) or D* (noise = 0)."""
     # differs from the paper: 16 batches are drawn at once and dealt out by length, which halves the padding.
 
     def __init__(self, run, batch_size, noise, generator):
-        self.config, self.batch_size, self.generator, self.deal = run.config, batch_size, generator, []
+        self.config, self.batch_size, self.generator = run.config, batch_size, generator
+        self.pool, self.deal = None, []
         try:
             self.draw = run.config.module.source(run.config, noise, run.data)
         except ValueError as error:
@@ -171,11 +168,12 @@ class ExpertData:
     def batch(self, progress):
         """The next Trajectories, thinned out as the world wants it at this progress (0 … 1) of the stage."""
         if not self.deal:
-            pool = self.draw(ROUND * self.batch_size, self.generator)
-            rows = pool.length.argsort().tensor_split(ROUND)
+            self.pool = self.draw(ROUND * self.batch_size, self.generator)
+            rows = self.pool.length.argsort().tensor_split(ROUND)
             order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
-            self.deal = [pool.pick(rows[i]) for i in order.tolist()]
-        return self.config.module.thinned(self.config, self.deal.pop(0), progress, self.generator)
+            self.deal = [rows[i] for i in order.tolist()]
+        batch = self.pool.pick(self.deal.pop(0))
+        return self.config.module.thinned(self.config, batch, progress, self.generator)
 
 
 def draw_layouts(config, n, generator):
@@ -194,10 +192,10 @@ def mirrored(config, batch, generator):
 # You should see `gap`, the distance to the best possible predictor, fall to about 0.04 nats per action.
 
 @functools.lru_cache(64)
-def relative_bucket(time, seen, device):
-    """Where key j lies before query i: (bucket, future?), each [time, seen]; the queries are the last keys.
+def relative_bucket(queries, keys, device):
+    """How far key j lies before query i: (bucket, future?), each [queries, keys]; queries are the last keys.
     Buckets of App. D.1: 16 exact distances, then 16 logarithmic ones up to 128."""
-    ago = torch.arange(seen - time, seen, device=device)[:, None] - torch.arange(seen, device=device)
+    ago = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     far = 16 + (ago.clamp(min=1) / 16).log() / math.log(128 / 16) * 16
     return torch.where(ago < 16, ago.clamp(min=0), far.long().clamp(max=31)), ago < 0
 
@@ -217,15 +215,15 @@ class Block(nn.Module):
 
     def forward(self, x, past=None):
         """x [B, T, C] → ([B, T, C], (keys, values)). `past`: those of T' earlier steps, [B, H, T', C/H]."""
-        batch, time, width = x.shape
-        qkv = self.qkv(self.norm_1(x)).view(batch, time, 3, self.heads, -1)  # [B, T, 3, H, C/H]
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, -1)  # [B, T, 3, H, C/H]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, C/H]
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # [B, H, T'+T, C/H]
-        bucket, future = relative_bucket(time, k.shape[2], x.device)
+        bucket, future = relative_bucket(length, k.shape[2], x.device)
         bias = self.position_bias(bucket).permute(2, 0, 1).masked_fill(future, -torch.inf)  # [H, T, T'+T]
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias  # [B, H, T, T'+T]
-        attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, time, width)  # [B, T, C]
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)  # [B, T, C]
         x = x + self.mix(attended)
         return x + self.down(F.relu(self.up(self.norm_2(x)))), (k, v)
 
@@ -283,7 +281,7 @@ def pretraining_loss(config, base, batch):
     loss = nll = action_loss(config, base.head(last), batch)
     if config.next_obs > 0:
         loss = loss + config.next_obs * base.head.next_observation_loss(last, batch)
-    return loss + base.head.more_losses(last, batch), nll
+    return loss + base.head.more_losses(last, batch), nll  # more: 0 on the grid; the ant's next cell
 
 
 @torch.no_grad()
@@ -310,7 +308,7 @@ def pretrain(run):
         step.log(loss=loss, nll=nll)
         if step.due:
             step.log(**measure_base(run, base, floor))
-    return frozen(base), measure_base(run, base, floor)["gap"]
+    return base.requires_grad_(False).eval(), measure_base(run, base, floor)["gap"]
 
 # ==================================================================================== Chapter 2 · probe
 # You should see the accuracy jump after the first block or two, to about 0.5 (chance: 0.25). The model infers
@@ -338,16 +336,16 @@ def train_probe(run, base):
     data = ExpertData(run, config.discover_batch, 0.0, generator)
 
     @torch.no_grad()
-    def pairs(batch):
+    def examples(batch):
         """Residuals [L+1, n, C] and hidden subgoals [n] of all steps that exist."""
         return base.residuals(batch.observation[:, :-1])[:, batch.valid], batch.subgoal[batch.valid]
 
     def accuracy():
-        residuals, subgoal = pairs(run.held_out())
+        residuals, subgoal = examples(run.held_out())
         return [round(x, 4) for x in (probe(residuals).argmax(-1) == subgoal).float().mean(1).tolist()]
 
     for step in run.steps("probe", config.probe_steps, generator, optimizer, probe=probe):
-        residuals, subgoal = pairs(data.batch(0))
+        residuals, subgoal = examples(data.batch(0))
         logits = probe(residuals)  # [L+1, n, K]
         loss = F.cross_entropy(logits.flatten(0, 1), subgoal.repeat(len(logits))) * len(logits)
         descend(loss, optimizer, learning_rate(config, config.probe_lr, step))
@@ -361,10 +359,10 @@ def train_probe(run, base):
 # alone, about 0.75 when the linear map of the right subgoal is added.
 
 def linear_control(e, w, a, b):
-    """ê = e + U e  (Eq. 1, 11, 18), where U = BᵀA/√C with A = Σ_j w_j A_j and B = Σ_j w_j B_j: e [..., C],
-    w [..., J], a, b [J, R, C] → [..., C]. The sums come after the products with e: U is never built."""
-    w = w.unsqueeze(-1)  # [..., J, 1]
-    each = (e @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2]) / math.sqrt(e.shape[-1])  # [..., J, R]
+    """ê = e + U e  (Eq. 1, 11, 18), where U = BᵀA/√C with A = Σ_m w_m A_m and B = Σ_m w_m B_m: e [..., C],
+    w [..., M], a, b [M, R, C] → [..., C]. M: K one-hot labels, or J+1 units of f_hyp. U is never built."""
+    w = w.unsqueeze(-1)  # [..., M, 1]
+    each = (e @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2]) / math.sqrt(e.shape[-1])  # [..., M, R]
     read = (w * each).sum(-2, keepdim=True)  # A e/√C: [..., 1, R]
     return e + (w * read).flatten(-2) @ b.flatten(0, 1)
 
@@ -395,10 +393,11 @@ class Moment:
 
 @torch.no_grad()
 def play(config, base, game, generator, intervene=None):
-    """The base model acts until all games are over; actions are sampled at temperature 1. → Trajectories
+    """The base model acts until all games (B, see gridworld.Game) are over, at temperature 1. → Trajectories
     intervene(Moment) → ê [n, C] replaces the residual stream after block l."""
     module, device = config.module, generator.device
-    games, cache, observation = game.rows, [None] * len(base.blocks), game.observation().to(device)
+    games, cache = game.rows, [None] * len(base.blocks)  # games [n]: which still run, at first 0 … B−1
+    observation = game.observation().to(device)
     observations, actions = [observation], []
     while len(games):
         embedding = base.embed(observation[games, None])  # [n, 1, C]
@@ -426,12 +425,11 @@ def new_game(config, layouts, task):
 
 
 def post_task(config):
-    """The post-training task as a list of colours [V]."""
     return gridworld.parse_task(config.post_task, config.colours)
 
 
 def solved(run, base, intervention=lambda game: None):
-    """Success on the post-training task in evaluation layouts: [n] 0/1. intervention(game) → `intervene`"""
+    """Success on the post-training task in evaluation layouts [n] 0/1. intervention(game) → intervene"""
     game = new_game(run.config, run.layouts(run.config.evaluation), post_task(run.config))
     return play(run.config, base, game, run.evaluation("actions"), intervention(game)).success
 
@@ -463,8 +461,7 @@ def steer(run, base):
 # You should see gates that open where the hidden subgoal changes, and codes that mean a colour: goal_accuracy
 # and held_share high, R² of direction and distance low. Good gates alone prove little.
 
-N_Z, N_H, N_S = 8, 32, 32  # sizes of the code z, the history h, the summary s (Table A9)
-J = 32  # hidden units of f_hyp
+N_Z, N_H, N_S, J = 8, 32, 32, 32  # sizes of code z, history h, summary s, hidden layer of f_hyp (Table A9)
 THRESHOLD = 0.5  # a gate with β above this is open
 
 
@@ -492,7 +489,7 @@ class Metacontroller(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(N_H + N_S, 64), nn.ReLU(), nn.Linear(64, 2 * N_Z))
         self.switch_in, self.switch_z = nn.Linear(width + N_H, 64), nn.Linear(N_Z, 64, bias=False)
         self.switch_out = nn.Linear(64, 1)
-        # f_hyp: z → J hidden units → A(z), B(z); its last layer as tensors [J+1, R, C], the last row a bias.
+        # f_hyp: w = J ReLU units of z, and a 1; A(z) = Σ_j w_j read_j, B(z) = Σ_j w_j write_j, each [R, C].
         self.hyper = nn.Sequential(nn.Linear(N_Z, J), nn.ReLU())
         self.read = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
         self.write = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
@@ -505,7 +502,8 @@ class Metacontroller(nn.Module):
         [B, T+1, Z], switch features [B, T+1, 64]. With `partner` [B] it takes that trajectory's summary."""
         h, _ = self.history(e)  # [B, T+1, n_h]
         before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start
-        s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # after o_{T+1}: [B, n_s]
+        # differs from the paper: s has read o_{T+1}, too.
+        s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, n_s]
         s = (s if partner is None else s[partner])[:, None].expand(-1, e.shape[1], -1)
         mu, log_sigma = self.encoder(torch.cat([h, s], -1)).chunk(2, -1)  # Eq. 15
         # differs from the paper: ln σ is kept within −6 … 3.
@@ -556,7 +554,7 @@ def discovery_loss(config, base, meta, worlds, alpha, generator):
     """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action; of the
     `two_worlds`. Only the upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
     e, e_image, image, partner = worlds
-    z, beta, mu, log_sigma = meta(e, image.length, generator, partner)
+    z, beta, mu, log_sigma = meta(e, image.length, generator, partner)  # an image has the same lengths
     nll = action_loss(config, base.upper(meta.control(e_image, z[:, :-1])), image)
     kl = kl_to_standard_normal(mu, log_sigma)[:, :-1][image.valid].mean()
     return nll + alpha * kl, nll, kl, beta
@@ -572,6 +570,8 @@ def alpha_at(config, step):
 def discover(run, base):
     """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
     config, generator = run.config, run.generator("discover")
+    # Some Metacontrollers train for a while with α = 0; the one whose random codes, held for a whole episode,
+    # most consistently reach one colour goes on (`audition`, our own, below the method).
     meta = audition(run, base)
     print(f"discover: {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
@@ -584,7 +584,7 @@ def discover(run, base):
         step.log(loss=loss, nll=nll, kl=kl, alpha=alpha, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_codes(run, base, meta))
-    return frozen(meta)
+    return meta.requires_grad_(False).eval()
 
 # ============================================================================== Chapter 5 · internal RL
 # You should see `success` leave zero after some ten thousand episodes and rise; the baseline's never does.
@@ -599,9 +599,11 @@ class CodeIntervention:
         self.trace = []  # (games, β, open) of every step
 
     def __call__(self, now):
-        x, h = self.meta.norm(now.embedding if self.config.read_embedding else now.e), self.h[:, now.games]
+        x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
+        h = self.h[:, now.games]  # h_{t−1}
         beta = self.meta.switch(self.meta.switch_in(torch.cat([x, h[0]], -1)), self.z[now.games])  # Eq. 16
-        is_open = beta >= 0 if now.t == 0 else (beta > THRESHOLD) & (not self.hold)
+        first = torch.full_like(beta, now.t == 0, dtype=torch.bool)  # β_1 = 1
+        is_open = first | (beta > THRESHOLD) & (not self.hold)
         self.h[:, now.games] = self.meta.history(x[:, None], h.contiguous())[1]  # Eq. 12
         at = is_open.nonzero()[:, 0]
         if len(at):
@@ -716,7 +718,7 @@ def internal_rl(run, base, meta):
             descend(loss, optimizer, config.rl_lr)
         step.log(method="internal", episodes=(step.number + 1) * config.rl_batch, loss=loss,
                  success=success.mean(), switches=actor.count.float().mean())
-    return frozen(policy)
+    return policy.requires_grad_(False).eval()
 
 
 def raw_rl(run, base):
@@ -738,7 +740,7 @@ def raw_rl(run, base):
             descend(loss, optimizer, config.raw_lr)
         step.log(method="raw", episodes=(step.number + 1) * config.rl_batch, loss=loss,
                  success=episodes.success.mean(), length=episodes.length.float().mean())
-    return frozen(model)
+    return model.requires_grad_(False).eval()
 
 # ═══════════════════════════ Nothing below is needed to understand the method ═══════════════════════════
 
@@ -759,7 +761,7 @@ def refuse(message):
 
 
 class Step:
-    """Training step `number` of `count`; progress 0 … 1; `due` at the end of a round that is reported."""
+    """Training step `number` of `count` (rounded up to whole rounds); `due` ends a reported round."""
 
     def __init__(self, number, count, due, metrics):
         self.number, self.count, self.due, self.metrics = number, count, due, metrics
@@ -1062,7 +1064,7 @@ def bench(run):
     config = configure("gridworld", "quick", size=7, colours=8, walls=4, view="absolute", mirror=False)
     generator, device = run.evaluation("held-out trajectories"), run.device
     integers = lambda below, *shape: torch.randint(below, shape, generator=generator, device=device)
-    base, meta = frozen(Base(config).to(device)), Metacontroller(config).to(device)
+    base, meta = Base(config).to(device).requires_grad_(False), Metacontroller(config).to(device)
     optimizer, games = torch.optim.AdamW(meta.parameters()), torch.arange(64, device=device)
     batch = gridworld.Trajectories(integers(49, 64, 33, 13), integers(4, 64, 32), 0 * games + 32, None)
     game = gridworld.Game(gridworld.draw_layouts(8192, 5, 4, 1, generator), 5, [0, 1, 2, 3], 60)
