@@ -179,6 +179,7 @@ class Game(gridworld.Game):
     def observation(self, games=slice(None)):
         """What the ant sees (App. A.2), float32 [B, D]: height, quaternion 4, joints 8, symlog velocities 14, position ÷
         half the arena 2, within its cell ÷ half a cell 2, objects relative to the torso ÷ the arena 2N."""
+        games = self.rows[games].numpy()  # numpy takes a tensor of one index for a plain number
         qpos, qvel, objects = self.simulation.qpos[games], self.simulation.qvel[games], self.objects[games]
         xy = qpos[:, :2]
         local = xy - centres(cells_at(xy, self.size)[0], self.size)

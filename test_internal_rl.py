@@ -696,6 +696,13 @@ def test_ant_falls(monkeypatch):
     assert put(ant_game("0"), -0.5, 1.5) == (0, True, False, "fallen")
 
 
+def test_some_ants_see_what_all_see():
+    game = ant_game("0-1", ants=3)
+    for games in ([1], [2, 0], []):
+        games = torch.tensor(games, dtype=torch.long)
+        assert torch.equal(game.observation(games), game.observation()[games])
+
+
 def test_ants_time_limit():
     game = ant_game("0-1", max_steps=2)
     assert put(game, -0.5, 1.5) == (0, False, False, "")
