@@ -183,7 +183,7 @@ class Game(gridworld.Game):
         qpos, qvel, objects = self.simulation.qpos[games], self.simulation.qvel[games], self.objects[games]
         xy = qpos[:, :2]
         local = xy - centres(cells_at(xy, self.size)[0], self.size)
-        relative = ((objects - xy[:, None]) / self.size).reshape(len(xy), -1)
+        relative = ((objects - xy[:, None]) / self.size).reshape(len(xy), 2 * objects.shape[1])
         symlog = np.sign(qvel) * np.log1p(np.abs(qvel))  # squeezes velocities into a small range
         parts = [qpos[:, 2:], symlog, xy / (self.size / 2), local / 0.5, relative]
         return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
