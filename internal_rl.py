@@ -356,7 +356,7 @@ def train_probe(run, base):
 
 # ==================================================================================== Chapter 3 · steer
 # You should see success on the post-training task, whose transitions the data never shows: 0 for the model
-# alone, about 0.75 when the linear map of the right subgoal is added.
+# alone, about 0.7 when the linear map of the right subgoal is added.
 
 def linear_control(e, w, a, b):
     """ê = e + U e  (Eq. 1, 11, 18), where U = BᵀA/√C with A = Σ_m w_m A_m and B = Σ_m w_m B_m: e [..., C],
