@@ -11,7 +11,7 @@ Contents
     3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
     4  discover        without labels, a metacontroller learns to emit such maps, to hold and to switch them
     5  internal RL     a small policy learns from one reward per episode which codes to emit
-       the baseline    token-level RL on the same model, with as many episodes, never sees a reward
+       the baseline    token-level RL on the same model, with as many episodes, saw no reward in our runs
     ── nothing below is needed to understand the method ──
     Checkpoints · Looking inside · Figures · Benchmark · Command line
 
@@ -64,7 +64,7 @@ import gridworld
 # ============================================================================================= Settings
 
 def setting(default, stages, text, low=None, high=None, choices=None):
-    """A dial: default (the grid's quick preset), the first stages that it changes, help, what it may be."""
+    """A dial: default (grid, quick preset), the first stages that it changes (makes stale), help, bounds."""
     return field(default=default, metadata=dict(stages=set(stages.split()), help=text, low=low, high=high,
                                                 choices=choices))
 
@@ -89,7 +89,7 @@ class Settings:
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step", 1, 10 ** 5)
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
     weight_decay: float = setting(0.03, "pretrain", "base model: AdamW weight decay", 0, 100)
-    cosine: bool = setting(True, "pretrain", "learning rates (not the audition's) fall along a cosine")
+    cosine: bool = setting(True, "pretrain", "stages 1-4, not the audition: rates fall along a cosine")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss", 0, 1000)
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
     probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
@@ -166,7 +166,7 @@ class ExpertData:
             refuse(error)
 
     def batch(self, progress):
-        """The next Trajectories, thinned out as the world wants it at this progress (0 … 1) of the stage."""
+        """The next Trajectories, thinned as the world wants at this progress (0 … 1, or None: the most)."""
         if not self.deal:
             self.pool = self.draw(ROUND * self.batch_size, self.generator)
             rows = self.pool.length.argsort().tensor_split(ROUND)
@@ -298,7 +298,8 @@ def pretrain(run):
     print(f"pretrain: base model with {sum(p.numel() for p in base.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(base.parameters(), weight_decay=config.weight_decay)
     data = ExpertData(run, config.pretrain_batch, config.noise, generator)
-    floor = config.module.action_floor(config, 1024, run.evaluation("held-out trajectories"))
+    many, held_out = config.module.LOOK["trajectories"], run.evaluation("held-out trajectories")
+    floor = config.module.action_floor(config, many, held_out)
     for step in run.steps("pretrain", config.pretrain_steps, generator, optimizer, base=base):
         batch = data.batch(step.progress)
         # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
@@ -315,7 +316,7 @@ def pretrain(run):
 # which colour the expert is heading for, although nobody tells it.
 
 class Probe(nn.Module):
-    """A linear read-out of the subgoal per layer: p(g_t | e_{t,l}) = softmax(U_l e_{t,l})  (Eq. 6-7)."""
+    """A linear read-out of the subgoal per layer, softmax(W_l e_{t,l})  (Eq. 6-7, which say U_l)."""
 
     def __init__(self, config):
         super().__init__()
@@ -437,7 +438,7 @@ def solved(run, base, intervention=lambda game: None):
 def with_labels(config, controllers):
     """The intervention that activates labelled controllers in the order of the task, by the visits so far."""
     colours = torch.tensor(post_task(config), device=controllers.b.device)  # [V]
-    order = colours // gridworld.SUBGOAL_SIZE[config.subgoals]
+    order = colours // gridworld.SUBGOAL_SIZE[config.subgoals]  # [V] the subgoal that each visit is part of
     return lambda game: lambda now: controllers(now.e, order[game.visits.to(now.e.device)[now.games]])
 
 
@@ -481,7 +482,7 @@ class Metacontroller(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, rank = config.width, config.rank or config.width
-        self.norm = nn.LayerNorm(width)  # differs from the paper: all below reads the normalised residual.
+        self.norm = nn.LayerNorm(width)  # differs from the paper: all but `control` reads a normalised e.
         self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
@@ -491,6 +492,7 @@ class Metacontroller(nn.Module):
         self.switch_out = nn.Linear(64, 1)
         # f_hyp: w = J ReLU units of z, and a 1; A(z) = Σ_j w_j read_j, B(z) = Σ_j w_j write_j, each [R, C].
         self.hyper = nn.Sequential(nn.Linear(N_Z, J), nn.ReLU())
+        # `write` starts away from 0, unlike LabelledControllers.b: else no gradient reaches encoder and gate.
         self.read = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
         self.write = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
         with torch.no_grad():
@@ -518,7 +520,7 @@ class Metacontroller(nn.Module):
         mu, log_sigma, features = self.propose(self.norm(e), length, partner)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
-        z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1: takes the first proposal
+        z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1
         for t in range(1, e.shape[1]):
             beta.append(self.switch(features[:, t], z[-1]))
             z.append(integrate(beta[-1], proposal[:, t], z[-1]))
@@ -556,6 +558,7 @@ def discovery_loss(config, base, meta, worlds, alpha, generator):
     e, e_image, image, partner = worlds
     z, beta, mu, log_sigma = meta(e, image.length, generator, partner)  # an image has the same lengths
     nll = action_loss(config, base.upper(meta.control(e_image, z[:, :-1])), image)
+    # At every step; but while the gate is shut z̃ is unused, so the encoder can emit N(0, I), which is free.
     kl = kl_to_standard_normal(mu, log_sigma)[:, :-1][image.valid].mean()
     return nll + alpha * kl, nll, kl, beta
 
@@ -563,7 +566,7 @@ def discovery_loss(config, base, meta, worlds, alpha, generator):
 def alpha_at(config, step):
     """α: 0 for a while, then up to its value."""
     # differs from the paper: with α > 0 from the start, codes collapse before they mean anything.
-    ramp = (step.number / step.count - config.alpha_free) / max(config.alpha_ramp, 1e-9)
+    ramp = (step.progress - config.alpha_free) / max(config.alpha_ramp, 1e-9)
     return config.alpha * min(1.0, max(0.0, ramp))
 
 
@@ -571,7 +574,7 @@ def discover(run, base):
     """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
     config, generator = run.config, run.generator("discover")
     # Some Metacontrollers train for a while with α = 0; the one whose random codes, held for a whole episode,
-    # most consistently reach one colour goes on (`audition`, our own, below the method).
+    # most consistently reach each its own favourite colour goes on (`audition`, our own, below the method).
     meta = audition(run, base)
     print(f"discover: {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
@@ -587,11 +590,11 @@ def discover(run, base):
     return meta.requires_grad_(False).eval()
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see `success` leave zero after some ten thousand episodes and rise; the baseline's never does.
+# You should see, on most seeds, `success` leave zero after some ten thousand episodes; the baseline's stays.
 
 class CodeIntervention:
-    """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [n, C], games)
-    → z [n, Z] is asked. With `hold` the first code stays for the whole episode."""
+    """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
+    → z [m, Z] is asked, for these m games. With `hold` the first code stays for the whole episode."""
 
     def __init__(self, config, meta, choose, batch, hold=False):
         self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.read.device
@@ -732,7 +735,7 @@ def raw_rl(run, base):
         episodes, loss, old = play(config, model, new_game(config, layouts(), task), generator), 0.0, None
         advantage, mask, action = advantages(episodes.success), episodes.valid, episodes.action
         for rows in minibatches(episodes.success, generator):
-            if old is None:
+            if old is None:  # once a batch, before its first update; never if no game was solved
                 with torch.no_grad():
                     old = log_prob_of(model(episodes.observation[:, :-1]), action)  # [B, T]
             log_prob = log_prob_of(model(episodes.observation[rows, :-1]), action[rows])
@@ -1187,20 +1190,17 @@ def print_table(config, results):
                   + f"{np.median(values):10.4g}   {config.module.EXPECT.get(name, '')}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        refuse(message)
-
-
 def parse_arguments(arguments):
     """Command line → (argparse namespace, Settings). Every setting is a flag; flags override the preset."""
-    task = Parser(add_help=False, allow_abbrev=False)
+    task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    task.error = refuse
     task.add_argument("--task", default="gridworld", metavar="WORLD",
                       help="gridworld (the default), ant, or a world of your own: the name of its file")
     world = task.parse_known_args(arguments)[0].task
     quick = configure(world, "quick")
-    parser = Parser(prog="internal_rl.py", allow_abbrev=False, parents=[task], description="Internal RL, all "
-                    f"stages. In brackets: the quick preset of {world}.")
+    parser = argparse.ArgumentParser("internal_rl.py", allow_abbrev=False, parents=[task], description=(
+        f"Internal RL, all stages. In brackets: the quick preset of {world}."))
+    parser.error = refuse
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
                         help="named settings: tiny (a minute), quick (default), paper (a large GPU, days)")
     parser.add_argument("--stage", choices=["all", "pretrain", "probe", "steer", "discover", "rl", "bench"],
