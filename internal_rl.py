@@ -1129,7 +1129,10 @@ def load_world(name):
     if not (name.isidentifier() and found):
         refuse(f"--task {name}: there is no {name}.py or {name}_tasks.py beside internal_rl.py")
     module = importlib.import_module(found[0])
-    if lacking := [name for name in WORLD if not hasattr(module, name)]:
+    lacking = [name for name in WORLD if not hasattr(module, name)]
+    if "quick" not in getattr(module, "PRESETS", ()):
+        lacking.append("a preset named quick")
+    if lacking:
         refuse(f"--task {name}: {found[0]}.py is no world, it lacks {', '.join(lacking)}")
     return module
 

@@ -1339,7 +1339,8 @@ def test_a_third_world_is_one_file(tmp_path):
     assert refused.returncode == 2 and "depth=4, not 3" in refused.stderr
 
 
-@pytest.mark.parametrize("old,new,words", [("def thinned(", "def thicker(", "it lacks thinned"), ("RAW =", "COOKED =", "it lacks RAW")])
+@pytest.mark.parametrize("old,new,words", [("def thinned(", "def thicker(", "it lacks thinned"), ("RAW =", "COOKED =", "it lacks RAW"),
+                                           ('"quick": {}', '"fast": {}', "it lacks a preset named quick")])
 def test_an_incomplete_world_is_refused(old, new, words, tmp_path):
     refused = copied(tmp_path, "maze", old, new)("--preset", "tiny", "--device", "cpu")
     assert refused.returncode == 2 and "maze.py" in refused.stderr and refused.stderr.endswith(words + "\n") and len(refused.stderr.splitlines()) == 1
