@@ -894,8 +894,8 @@ class Run:
 # ======================================================================================= Looking inside
 
 def audition(run, base):
-    """Stage 4, first part: several metacontrollers start without KL; returns the one whose held codes each reach
-    their favourite colour most often. What codes come to mean is decided early and by chance."""
+    """Stage 4, first part: several metacontrollers start without KL; returns the one whose held codes reach,
+    each, its favourite colour most often. What codes come to mean is decided early and by chance."""
     # differs from the paper: a choice among metacontrollers, by their codes.
     config, generator = run.config, run.generator("audition")
     torch.manual_seed(config.seed)
