@@ -291,25 +291,29 @@ def expert_paths(layouts, size, tasks, max_steps, generator, epsilon=0.0, subgoa
     return Trajectories(observation, action, game.steps, game.success(), subgoal)
 
 
-def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0):
+def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0, subgoal_size=1):
     """Exact mean NLL per action, in nats, of two best predictors of these paths: task-blind, with the posterior over all
-    tasks [M, K] given the actions so far, and task-aware, told the path's own task (own_task [B] index into tasks)."""
+    tasks [M, K] given the actions so far, and task-aware, told the path's own task (own_task [B] index into tasks). Third:
+    the posterior of the likeliest subgoal, which is how often the best read-out is right."""
     batch, many = len(layouts), len(tasks)
     row = torch.arange(batch, device=tasks.device).repeat_interleave(many)  # [B·M]: every path as if of every task
     game, moves = Game(layouts[row], size, tasks.repeat(batch, 1), max_steps), shortest_moves(layouts, size)[row]
     posterior = torch.full((batch, many), 1 / many, device=tasks.device)
-    blind, aware = 0.0, 0.0
+    blind, aware, right = 0.0, 0.0, 0.0
     for t, action in enumerate(paths.action.unbind(1)):
         probability = expert_probabilities(game, moves, epsilon)[game.rows, action[row]]
         probability = probability.masked_fill(game.done, 0).view(batch, many)
-        valid = t < paths.length
+        valid, pursued = t < paths.length, game.target().view(batch, many) // subgoal_size  # [B], [B, M]
+        belief = posterior.new_zeros(batch, SUBGOALS).scatter_add_(1, pursued, posterior)
+        right += belief.max(1).values[valid].sum().item()
         predictive = (posterior * probability).sum(1)
         blind -= predictive[valid].log().sum().item()
         aware -= probability.gather(1, own_task[:, None])[:, 0][valid].log().sum().item()
         updated = posterior * probability / predictive[:, None].clamp(min=1e-30)
         posterior = torch.where(valid[:, None], updated, posterior)
         game.step(action[row])
-    return blind / paths.length.sum().item(), aware / paths.length.sum().item()
+    steps = paths.length.sum().item()
+    return blind / steps, aware / steps, right / steps
 
 # --------------------------------------------------------------------------------------------------- symmetry
 
@@ -336,15 +340,16 @@ SETTINGS = {}  # of this world alone: name → (default, help, lowest, highest v
 PRESETS = {
     "quick": {},  # the defaults in internal_rl.py
     "tiny": dict(
-        width=32, heads=2, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48, candidates=2,
-        audition_steps=32, discover_steps=64, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
+        width=32, heads=2, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48,
+        discover_steps=64, renew_steps=32, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
     # The paper's sizes and schedules (Tables A1, A4, A6, A7, A9, A13, A16).
     "paper": dict(
         size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
         view="absolute", width=256, layers=6, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
-        next_obs=0.01, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3, candidates=1,
-        audition_steps=0, discover_steps=64_000, discover_batch=512, discover_lr=1e-3, mirror=False, alpha=0.1,
-        alpha_free=0.0, alpha_ramp=0.0, rl_episodes=102_400_000, rl_lr=3e-5, raw_lr=3e-5, std_start=1.0, std_end=1.0),
+        next_obs=0.01, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3,
+        control_layer=0, discover_steps=64_000, discover_batch=512, discover_lr=1e-3, mirror=False,
+        read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0, renew_steps=0, rl_episodes=102_400_000, rl_lr=3e-5,
+        raw_lr=3e-5, std_end=1.0),
 }
 SYMMETRIES = 8  # images of a world, see `mirror`
 RAW = "token-level"  # what RL on the model's own actions is called
@@ -393,9 +398,11 @@ def thinned(config, batch, progress, generator):
 
 
 def action_floor(config, n, generator):
-    """NLL of the best possible task-blind predictor of n expert trajectories of D, nats per action."""
+    """Of the best possible task-blind predictor of n expert trajectories of D: NLL, nats per action, and how often it is
+    right about the subgoal."""
     layouts, tasks, own, paths = random_tasks(config, n, generator, config.noise)
-    return bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.noise)[0]
+    return bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.noise,
+                       SUBGOAL_SIZE[config.subgoals])[::2]
 
 
 def places(observation, size):
@@ -437,6 +444,11 @@ class Head(nn.Module):
         """−ln p(o_{t+1} | o_{1:t}), mean over steps: last residual [B, T, C] → scalar"""
         cells = self.observation(last)[batch.valid].float().unflatten(-1, (self.things, -1))  # [n, N+1, G²]
         return F.cross_entropy(cells.flatten(0, 1), batch.observation[:, 1:][batch.valid].flatten()) * self.things
+
+    def heat(self, temperature):
+        """Divides the logits of moves by this, once."""
+        for parameter in self.action.parameters():
+            parameter.data /= temperature
 
     def more_losses(self, last, batch):
         """What else a world wants predicted, weighted: here nothing."""

@@ -89,35 +89,40 @@ class Settings:
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step", 1, 10 ** 5)
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
     weight_decay: float = setting(0.03, "pretrain", "base model: AdamW weight decay", 0, 100)
-    cosine: bool = setting(True, "pretrain", "stages 1-4, not the audition: rates fall along a cosine")
+    cosine: bool = setting(True, "pretrain", "stages 1-4: learning rates fall along a cosine")
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss", 0, 1000)
-    bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model while it is pretrained")
+    bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model in stages 1 and 4")
     probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
     probe_lr: float = setting(3e-3, "probe", "probe: learning rate", 1e-12, 1e6)
-    control_layer: int = setting(0, "steer audition", "control acts after this block l; 0: L/2", 0, 128)
-    rank: int = setting(16, "steer audition", "rank of a linear controller U; 0: a full matrix", 0, 8192)
-    control_decay: float = setting(0.03, "steer audition", "(meta)controllers: AdamW weight decay", 0, 100)
+    control_layer: int = setting(1, "steer discover", "control acts after this block l; 0: L/2", 0, 128)
+    rank: int = setting(16, "steer discover", "rank of a linear controller U; 0: a full matrix", 0, 8192)
+    control_decay: float = setting(0.03, "steer discover", "(meta)controllers: AdamW weight decay", 0, 100)
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3", "rl raw", "post-training task, of withheld transitions only")
-    candidates: int = setting(5, "audition", "metacontrollers that start; the best one goes on", 1, 100)
-    audition_steps: int = setting(720, "audition", "training steps of each candidate, without KL", 0, 10 ** 8)
-    discover_steps: int = setting(2200, "discover", "metacontroller: further training steps", 1, 10 ** 8)
-    discover_batch: int = setting(64, "probe steer audition", "stages 2-4: trajectories a step", 1, 10 ** 5)
-    discover_lr: float = setting(3e-3, "audition", "metacontroller: learning rate", 1e-12, 1e6)
-    alpha: float = setting(0.15, "discover", "α, weight of the KL", 0, 1000)
-    alpha_free: float = setting(0.2, "discover", "share of the steps before α starts to rise from 0", 0, 1)
-    alpha_ramp: float = setting(0.35, "discover", "share of the steps over which α rises to its value", 0, 1)
-    mirror: bool = setting(True, "audition", "decode each code in a randomly mirrored copy of its world")
-    read_embedding: bool = setting(False, "audition", "the metacontroller reads e_{t,0} instead of e_{t,l}")
-    swap: bool = setting(False, "audition", "take the summary of another trajectory with the same visits")
+    discover_steps: int = setting(2600, "discover", "metacontroller: training steps", 1, 10 ** 8)
+    discover_batch: int = setting(64, "probe steer discover", "stages 2-4: trajectories a step", 1, 10 ** 5)
+    discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate", 1e-12, 1e6)
+    alpha: float = setting(0.01, "discover", "α, weight of the KL; with a rate: at first", 0, 1000)
+    rate: float = setting(1.2, "discover", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
+    n_z: int = setting(4, "discover", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
+    code_std: float = setting(0.4, "discover", "σ of all codes, then of one length; 0: learned", 0, 0.99)
+    renew_steps: int = setting(1400, "renew", "then only f_hyp is trained, from nothing; 0: not", 0, 10 ** 8)
+    renew_lr: float = setting(1e-2, "renew", "that part's learning rate", 1e-12, 1e6)
+    mirror: bool = setting(True, "discover", "decode each code in a randomly mirrored copy of its world")
+    read_embedding: bool = setting(True, "discover", "the metacontroller reads e_{t,0} instead of e_{t,l}")
+    swap: bool = setting(False, "discover", "take the summary of another trajectory with the same visits")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy", 1e-12, 1e6)
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
-    std_start: float = setting(3.0, "rl", "policy's standard deviation at first (prior: 1)", 1e-6, 1000)
+    std_start: float = setting(1.0, "rl", "policy's standard deviation at first (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "policy's standard deviation at the end", 1e-6, 1000)
-    tolerance: int = setting(1, "", "only measures: how many steps a gate may be off", 0, 100)
+    forced: bool = setting(False, "discover", "control: every gate is open, in stages 4 and 5")
+    bias: bool = setting(False, "discover", "control: e + b(z) in place of e + U(z) e")
+    temperature: float = setting(1.0, "raw", "control: the baseline starts with logits over this", 0.01, 100)
+    scratch: bool = setting(False, "raw", "control: the baseline starts from random weights")
+    tolerance: int = setting(0, "", "only measures: how many steps a gate may be off", 0, 100)
     evaluation: int = setting(1024, "", "only measures: layouts on which success is measured", 8, 10 ** 6)
 
     @property
@@ -299,7 +304,7 @@ def pretrain(run):
     optimizer = torch.optim.AdamW(base.parameters(), weight_decay=config.weight_decay)
     data = ExpertData(run, config.pretrain_batch, config.noise, generator)
     many, held_out = config.module.LOOK["trajectories"], run.evaluation("held-out trajectories")
-    floor = config.module.action_floor(config, many, held_out)
+    floor, _ = config.module.action_floor(config, many, held_out)
     for step in run.steps("pretrain", config.pretrain_steps, generator, optimizer, base=base):
         batch = data.batch(step.progress)
         # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
@@ -443,7 +448,7 @@ def with_labels(config, controllers):
 
 
 def steer(run, base):
-    """Stage 3: controllers trained with the true subgoal (Fig. 4). Returns their success, [n] 0/1."""
+    """Stage 3: controllers trained with the true subgoal (Fig. 4). Returns them."""
     config, generator = run.config, run.generator("steer")
     torch.manual_seed(config.seed)
     controllers = LabelledControllers(config).to(run.device)
@@ -456,13 +461,13 @@ def steer(run, base):
         loss = action_loss(config, base.upper(controllers(e, batch.subgoal)), batch)
         descend(loss, optimizer, learning_rate(config, config.steer_lr, step))
         step.log(loss=loss)
-    return solved(run, base, with_labels(config, controllers))
+    return controllers
 
 # ================================================================================= Chapter 4 · discover
 # You should see gates that open where the hidden subgoal changes, and codes that mean a colour: goal_accuracy
 # and held_share high, R² of direction and distance low. Good gates alone prove little.
 
-N_Z, N_H, N_S, J = 8, 32, 32, 32  # sizes of code z, history h, summary s, hidden layer of f_hyp (Table A9)
+N_H, N_S, J = 32, 32, 32  # sizes of history h, summary s, hidden layer of f_hyp (Table A9)
 THRESHOLD = 0.5  # a gate with β above this is open
 
 
@@ -476,28 +481,49 @@ def kl_to_standard_normal(mu, log_sigma):
     return 0.5 * (mu ** 2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(-1)
 
 
+class Hypernetwork(nn.Module):
+    """f_hyp: z → U(z) = B(z)ᵀA(z)/√C, where w(z) is J ReLU units of z, and a 1; A(z) = Σ_j w_j read_j and
+    B(z) = Σ_j w_j write_j, each [R, C]  (Eq. 11, 18)."""
+
+    def __init__(self, config):
+        super().__init__()
+        shape = J + 1, config.rank or config.width, config.width
+        self.bias, self.units = config.bias, nn.Sequential(nn.Linear(config.n_z, J), nn.ReLU())
+        # `write` starts away from 0, unlike LabelledControllers.b: else no gradient reaches encoder and gate.
+        self.read = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(J))
+        self.write = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(J))
+        with torch.no_grad():
+            self.read[-1].normal_()  # A reads e at unit scale whatever z is, so that B(z) can learn at once
+
+    def forward(self, e, z):
+        """ê_t = e_t + U(z_t) e_t: e [..., C], z [..., Z] → [..., C]"""
+        # differs from the paper: with rank 0, U is a product of two full matrices, instead of emitted itself.
+        w = F.pad(self.units(z), (0, 1), value=1)
+        return e + w @ self.write[:, 0] if self.bias else linear_control(e, w, self.read, self.write)
+
+
 class Metacontroller(nn.Module):
     """Emits, holds and replaces linear controllers of the frozen base model (App. D.2, Fig. 5)."""
 
     def __init__(self, config):
         super().__init__()
-        width, rank = config.width, config.rank or config.width
-        self.norm = nn.LayerNorm(width)  # differs from the paper: all but `control` reads a normalised e.
+        width = config.width
+        self.norm = nn.LayerNorm(width)  # differs from the paper: all but `hyper` reads a normalised e.
         self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
+        numbers = config.n_z if config.code_std > 0 else 2 * config.n_z  # μ, or μ and ln σ
         # differs from the paper: the encoder reads e_t only through h_t, where directions fit less easily.
-        self.encoder = nn.Sequential(nn.Linear(N_H + N_S, 64), nn.ReLU(), nn.Linear(64, 2 * N_Z))
-        self.switch_in, self.switch_z = nn.Linear(width + N_H, 64), nn.Linear(N_Z, 64, bias=False)
+        self.encoder = nn.Sequential(nn.Linear(N_H + N_S, 64), nn.ReLU(), nn.Linear(64, numbers))
+        self.switch_in, self.switch_z = nn.Linear(width + N_H, 64), nn.Linear(config.n_z, 64, bias=False)
         self.switch_out = nn.Linear(64, 1)
-        # f_hyp: w = J ReLU units of z, and a 1; A(z) = Σ_j w_j read_j, B(z) = Σ_j w_j write_j, each [R, C].
-        self.hyper = nn.Sequential(nn.Linear(N_Z, J), nn.ReLU())
-        # `write` starts away from 0, unlike LabelledControllers.b: else no gradient reaches encoder and gate.
-        self.read = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
-        self.write = nn.Parameter(torch.empty(J + 1, rank, width).uniform_(-1, 1) / math.sqrt(J))
+        self.hyper = Hypernetwork(config)
         with torch.no_grad():
-            self.encoder[-1].bias[N_Z:] = -1  # initial ln σ
-            self.read[-1].normal_()  # A reads e at unit scale whatever z is, so that B(z) can learn at once
+            self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
+            self.switch_out.bias.fill_(-2)  # gates start almost shut: codes that are held had better be goals
+            self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # s starts with a long memory
+        self.code_std, self.forced = config.code_std, config.forced
+        self.register_buffer("alpha", torch.tensor(config.alpha))
 
     def propose(self, e, length, partner=None):
         """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ
@@ -507,29 +533,38 @@ class Metacontroller(nn.Module):
         # differs from the paper: s has read o_{T+1}, too.
         s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, n_s]
         s = (s if partner is None else s[partner])[:, None].expand(-1, e.shape[1], -1)
-        mu, log_sigma = self.encoder(torch.cat([h, s], -1)).chunk(2, -1)  # Eq. 15
-        # differs from the paper: ln σ is kept within −6 … 3.
-        return mu, log_sigma.clamp(-6, 3), self.switch_in(torch.cat([e, before], -1))
+        mu, features = self.encoder(torch.cat([h, s], -1)), self.switch_in(torch.cat([e, before], -1))
+        if self.code_std > 0:
+            # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
+            # So all cost the same. Were short ones cheaper, codes would say only what the base model does not
+            # know yet, one bit: which of two colours can follow. Such codes never compose.
+            mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - self.code_std ** 2))
+            return mu, torch.full_like(mu, math.log(self.code_std)), features
+        mu, log_sigma = mu.chunk(2, -1)  # Eq. 15
+        return mu, log_sigma.clamp(-6, 3), features  # differs from the paper: ln σ is kept within −6 … 3.
 
     def switch(self, features, z):
         """β_t = f_switch(e_t, h_{t−1}, z_{t−1})  (Eq. 16): switch_in([e_t, h_{t−1}]) [B, 64], [B, Z] → [B]"""
-        return self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1).sigmoid()
+        logit = self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1)
+        return logit.sigmoid().clamp(min=float(self.forced))
 
     def forward(self, e, length, generator, partner=None):
-        """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β [B, T+1], μ, ln σ [B, T+1, Z]"""
+        """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β, gates [B, T+1], μ, ln σ as z"""
         mu, log_sigma, features = self.propose(self.norm(e), length, partner)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
+        threshold = torch.full(mu.shape[:2], THRESHOLD, device=mu.device)
+        if self.training:
+            threshold = torch.rand(threshold.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
         z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1
+        gates = beta[:]
         for t in range(1, e.shape[1]):
             beta.append(self.switch(features[:, t], z[-1]))
-            z.append(integrate(beta[-1], proposal[:, t], z[-1]))
-        return torch.stack(z, 1), torch.stack(beta, 1), mu, log_sigma
-
-    def control(self, e, z):
-        """ê_t = e_t + U_t e_t with U_t = f_hyp(z_t)  (Eq. 11, 18): e [..., C], z [..., Z] → [..., C]"""
-        # differs from the paper: with rank 0, U is a product of two full matrices, instead of emitted itself.
-        return linear_control(e, F.pad(self.hyper(z), (0, 1), value=1), self.read, self.write)
+            # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
+            hard = (beta[-1] > threshold[:, t]).float()
+            gates.append(hard + beta[-1] - beta[-1].detach() if self.code_std > 0 else beta[-1])
+            z.append(integrate(gates[-1], proposal[:, t], z[-1]))
+        return torch.stack(z, 1), torch.stack(beta, 1), torch.stack(gates, 1), mu, log_sigma
 
 
 def meta_input(config, base, observation):
@@ -543,51 +578,77 @@ def two_worlds(config, base, batch, generator):
     inferred; image, the trajectories in which they are decoded, their e_{t,l} [B, T, C]; partner or None."""
     # differs from the paper: codes are decoded in a mirror image of the world: "go up" explains nothing.
     image = mirrored(config, batch, generator) if config.mirror else batch
-    with torch.no_grad():
-        e = meta_input(config, base, batch.observation)
+    with torch.no_grad(), torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+        e = meta_input(config, base, batch.observation).float()
         e_image = base.lower(image.observation) if config.mirror or config.read_embedding else e
+        e_image = e_image[:, :-1].float()
     # differs from the paper (ant): s is of another trajectory with the same visits: weak supervision by task.
     places = config.module.places(batch.observation, config.size) if config.swap else None
     partner = gridworld.same_visits(places, config.colours, batch.length) if config.swap else None
-    return e, e_image[:, :-1], image, partner
+    return e, e_image, image, partner
 
 
-def discovery_loss(config, base, meta, worlds, alpha, generator):
+def discovery_loss(config, base, meta, worlds, generator):
     """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action; of the
     `two_worlds`. Only the upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
     e, e_image, image, partner = worlds
-    z, beta, mu, log_sigma = meta(e, image.length, generator, partner)  # an image has the same lengths
-    nll = action_loss(config, base.upper(meta.control(e_image, z[:, :-1])), image)
-    # At every step; but while the gate is shut z̃ is unused, so the encoder can emit N(0, I), which is free.
-    kl = kl_to_standard_normal(mu, log_sigma)[:, :-1][image.valid].mean()
-    return nll + alpha * kl, nll, kl, beta
+    z, beta, gates, mu, log_sigma = meta(e, image.length, generator, partner)  # an image has the same lengths
+    with torch.autocast(e.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+        nll = action_loss(config, base.upper(meta.hyper(e_image, z[:, :-1])), image)
+    kl = kl_to_standard_normal(mu, log_sigma)
+    if config.code_std > 0:
+        kl = kl * gates  # differs from the paper: a proposal that no gate takes is free, see `propose`.
+    kl = kl[:, :-1][image.valid].mean()
+    return nll + meta.alpha * kl, nll, kl, beta
 
 
-def alpha_at(config, step):
-    """α: 0 for a while, then up to its value."""
-    # differs from the paper: with α > 0 from the start, codes collapse before they mean anything.
-    ramp = (step.progress - config.alpha_free) / max(config.alpha_ramp, 1e-9)
-    return config.alpha * min(1.0, max(0.0, ramp))
+def hold_rate(alpha, kl, rate):
+    """After each step α rises where codes carry more than `rate` nats a step, and falls where less."""
+    # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
+    # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
+    # same, so the rate limits how often gates open, and what is worth holding for a whole leg is a goal.
+    alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
 def discover(run, base):
     """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
     config, generator = run.config, run.generator("discover")
-    # Some Metacontrollers train for a while with α = 0; the one whose random codes, held for a whole episode,
-    # most consistently reach each its own favourite colour goes on (`audition`, our own, below the method).
-    meta = audition(run, base)
+    torch.manual_seed(config.seed)
+    meta = Metacontroller(config).to(run.device)
     print(f"discover: {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps("discover", config.discover_steps, generator, optimizer, meta=meta):
-        batch, alpha = data.batch(step.progress), alpha_at(config, step)
-        worlds = two_worlds(config, base, batch, generator)
-        loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, alpha, generator)
+    for step in run.steps("discover", config.discover_steps, generator, optimizer, reports=6, meta=meta):
+        worlds = two_worlds(config, base, data.batch(step.progress), generator)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, generator)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step))
-        step.log(loss=loss, nll=nll, kl=kl, alpha=alpha, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
+        if config.rate > 0:
+            hold_rate(meta.alpha, kl, config.rate)
+        step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
+                 beta=beta[:, 1:-1][worlds[2].valid[:, 1:]].mean())
         if step.due:
-            step.log(**inspect_codes(run, base, meta))
-    return meta.requires_grad_(False).eval()
+            step.log(**inspect_codes(run, base, meta)[0])
+    return renew(run, base, meta.requires_grad_(False).eval())
+
+
+def renew(run, base, meta):
+    """Stage 4, second part: f_hyp is learned anew, while codes and gates stay as they are."""
+    # differs from the paper: the first f_hyp learned while codes said little, and leans on what the base
+    # model believes; a new one has only seen codes that say it all, as LabelledControllers see labels.
+    config, generator = run.config, run.generator("renew")
+    if config.renew_steps > 0:
+        torch.manual_seed(config.seed)
+        meta.hyper = Hypernetwork(config).to(run.device)
+        optimizer = torch.optim.AdamW(meta.hyper.parameters(), weight_decay=config.control_decay)
+        data = ExpertData(run, config.discover_batch, 0.0, generator)
+        for step in run.steps("renew", config.renew_steps, generator, optimizer, reports=3, hyper=meta.hyper):
+            worlds = two_worlds(config, base, data.batch(1.0), generator)
+            _, nll, _, _ = discovery_loss(config, base, meta, worlds, generator)
+            descend(nll, optimizer, learning_rate(config, config.renew_lr, step))
+            step.log(loss=nll, nll=nll)
+            if step.due:
+                step.log(**inspect_codes(run, base, meta)[0])
+    return meta.requires_grad_(False)
 
 # ============================================================================== Chapter 5 · internal RL
 # You should see, on most seeds, `success` leave zero after some ten thousand episodes; the baseline's stays.
@@ -597,8 +658,9 @@ class CodeIntervention:
     → z [m, Z] is asked, for these m games. With `hold` the first code stays for the whole episode."""
 
     def __init__(self, config, meta, choose, batch, hold=False):
-        self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.read.device
-        self.h, self.z = torch.zeros(1, batch, N_H, device=device), torch.zeros(batch, N_Z, device=device)
+        self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.alpha.device
+        self.h = torch.zeros(1, batch, N_H, device=device)
+        self.z = torch.zeros(batch, config.n_z, device=device)
         self.trace = []  # (games, β, open) of every step
 
     def __call__(self, now):
@@ -612,7 +674,7 @@ class CodeIntervention:
         if len(at):
             self.z[now.games[at]] = self.choose(now.e[at], now.games[at])
         self.trace.append((now.games, beta, is_open))
-        return self.meta.control(now.e, self.z[now.games])  # Eq. 11
+        return self.meta.hyper(now.e, self.z[now.games])  # Eq. 11
 
 
 class Policy(nn.Module):
@@ -624,7 +686,7 @@ class Policy(nn.Module):
         # differs from the paper: a GRU instead of a Hawk layer, and it reads the normalised residual.
         self.norm, self.embed = nn.LayerNorm(config.width), nn.Linear(config.width, config.width)
         self.memory = nn.GRU(config.width, config.width, batch_first=True)
-        self.mean = nn.Linear(config.width, N_Z)
+        self.mean = nn.Linear(config.width, config.n_z)
         nn.init.normal_(self.mean.weight, std=0.01)
         nn.init.zeros_(self.mean.bias)
 
@@ -653,7 +715,8 @@ class PolicyActor:
     def __init__(self, config, policy, batch, std, generator):
         self.policy, self.std, self.generator, device = policy, std, generator, generator.device
         self.memory = torch.zeros(1, batch, config.width, device=device)
-        self.e, self.z = (torch.zeros(batch, config.max_steps, n, device=device) for n in (config.width, N_Z))
+        self.e = torch.zeros(batch, config.max_steps, config.width, device=device)
+        self.z = torch.zeros(batch, config.max_steps, config.n_z, device=device)
         self.log_prob = torch.zeros(batch, config.max_steps, device=device)
         self.count = torch.zeros(batch, dtype=torch.long, device=device)
 
@@ -728,7 +791,9 @@ def raw_rl(run, base):
     """The baseline: the same update on the base model's own actions, all of θ trained (App. C.5.3)."""
     config, task, generator = run.config, post_task(run.config), run.generator("raw")
     layouts, log_prob_of = layout_pool(run, generator), config.module.log_prob
-    model = copy.deepcopy(base).requires_grad_(True)
+    torch.manual_seed(config.seed)
+    model = (Base(config).to(run.device) if config.scratch else copy.deepcopy(base)).requires_grad_(True)
+    model.head.heat(config.temperature)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("raw", updates, generator, optimizer, unit=1, reports=50, model=model):
@@ -750,11 +815,13 @@ def raw_rl(run, base):
 # ========================================================================================== Checkpoints
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
-    "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"], "audition": ["pretrain"],
-    "discover": ["pretrain", "audition"], "rl": ["pretrain", "audition", "discover"], "raw": ["pretrain"]}
+    "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"],
+    "discover": ["pretrain"], "renew": ["pretrain", "discover"], "rl": ["pretrain", "discover", "renew"],
+    "raw": ["pretrain"]}
 EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
     "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
-    "bar codes", "bar plays", "film layouts", "film plays", "gate trajectories", "gate proposals"), start=1)}
+    "bar codes", "bar plays", "film layouts", "film plays", "gate trajectories", "gate proposals", "search",
+    "pairs"), start=1)}
 
 
 def refuse(message):
@@ -779,10 +846,10 @@ class Step:
 
 class Run:
     """One run's folder, device and settings: config.json, metrics.jsonl, a checkpoint a stage, figures."""
+    stop = None  # the number of the signal that asked all runs to stop
 
     def __init__(self, config, folder, device, data="data"):
         self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
-        self.stop = None  # the number of the signal that asked for it
 
     def generator(self, stage):
         """Draws of a stage's training data and noise."""
@@ -893,28 +960,6 @@ class Run:
 
 # ======================================================================================= Looking inside
 
-def audition(run, base):
-    """Stage 4, first part: several metacontrollers start without KL; returns the one whose held codes reach,
-    each, its favourite colour most often. What codes come to mean is decided early and by chance."""
-    # differs from the paper: a choice among metacontrollers, by their codes.
-    config, generator = run.config, run.generator("audition")
-    torch.manual_seed(config.seed)
-    metas = nn.ModuleList(Metacontroller(config) for _ in range(config.candidates)).to(run.device)
-    if config.audition_steps > 0:
-        optimizer = torch.optim.AdamW(metas.parameters(), weight_decay=config.control_decay)
-        data = ExpertData(run, config.discover_batch, 0.0, generator)
-        for step in run.steps("audition", config.audition_steps, generator, optimizer, metas=metas):
-            worlds = two_worlds(config, base, data.batch(None), generator)
-            nlls = [discovery_loss(config, base, meta, worlds, 0.0, generator)[0] for meta in metas]
-            descend(sum(nlls), optimizer, config.discover_lr)
-            step.log(loss=sum(nlls), **{f"nll_{i}": nll for i, nll in enumerate(nlls)})
-    if config.candidates == 1:
-        return metas[0]
-    shares = [held_share(run, base, meta)["held_share"] for meta in metas]
-    print("audition: consistency of the codes", " ".join(f"{x:.3f}" for x in shares), flush=True)
-    return metas[int(np.argmax(shares))]
-
-
 def gate_scores(beta, batch, tolerance):
     """Precision and recall of open gates against true changes of subgoal, ± `tolerance` steps; the first step
     opens by construction and does not count. β [B, T+1] → two numbers, nan if there is nothing to score."""
@@ -924,6 +969,17 @@ def gate_scores(beta, batch, tolerance):
     near = lambda x: F.max_pool1d(x[:, None].float(), 2 * tolerance + 1, 1, tolerance)[:, 0] > 0
     hits, found = opened & near(true), true & near(opened)
     return (hits.sum() / opened.sum()).item(), (found.sum() / true.sum()).item()
+
+
+def trivial_gates(run):
+    """The scores of two gates that anybody could build: always open; open on every coloured cell."""
+    batch, result = run.held_out(), {}
+    places = run.config.module.places(batch.observation, run.config.size)
+    coloured = (places[..., :run.config.colours] == places[..., -1:]).any(-1)  # [B, T+1]
+    for name, gate in (("coloured", coloured.float()), ("always", torch.ones_like(coloured).float())):
+        scores = gate_scores(gate, batch, run.config.tolerance)
+        result[f"{name}_precision"], result[f"{name}_recall"] = scores
+    return result
 
 
 def explained_variance(x, y):
@@ -965,7 +1021,7 @@ def held_share(run, base, meta):
     """How often does a random code, held, reach its favourite colour first? The favourite is found in half of
     the layouts and scored in the others. Needs no hidden label: visits can be seen."""
     generator, n = run.evaluation("codes"), run.config.module.LOOK["layouts"]
-    codes = torch.randn(32, N_Z, generator=generator, device=run.device)
+    codes = torch.randn(32, run.config.n_z, generator=generator, device=run.device)
     find, score = (held_codes(run, base, meta, codes, run.layouts(n, purpose), generator)
                    for purpose in ("find layouts", "score layouts"))
     favourite = find[:, :-1].argmax(1)
@@ -973,24 +1029,78 @@ def held_share(run, base, meta):
     return {"held_share": share.mean().item(), "held_colours": len(favourite.unique())}
 
 
+def one_code_each(run, base, meta):
+    """A code per subgoal, found by playing: a cross-entropy search for codes that, held, reach its (first)
+    colour first. Needs no hidden label either. → [K, Z]"""
+    generator, size = run.evaluation("search"), gridworld.SUBGOAL_SIZE[run.config.subgoals]
+    layouts = run.layouts(run.config.module.LOOK["layouts"], "find layouts")
+    mean, std = torch.zeros(gridworld.SUBGOALS, 1, run.config.n_z, device=run.device), 1.0
+    for _ in range(4):
+        noise = torch.randn(len(mean), 32, mean.shape[-1], generator=generator, device=run.device)
+        codes = mean + std * noise  # [K, 32, Z]
+        reached = held_codes(run, base, meta, codes.flatten(0, 1), layouts, generator)  # [K·32, O+1]
+        own = torch.stack([reached.view(len(mean), 32, -1)[k, :, k * size] for k in range(len(mean))])
+        best = codes.gather(1, own.topk(6).indices[..., None].expand(-1, -1, mean.shape[-1]))
+        mean, std = best.mean(1, keepdim=True), best.std(1, keepdim=True) + 0.1
+    return mean[:, 0]
+
+
+def composition(run, base, control):
+    """The composition matrix: P(subgoal b is reached next | a just was), each control(e, subgoal) → ê held
+    until its subgoal is reached. → [K+1, K]: a row for the start, one for each a (nan at b = a)."""
+    config, count, size = run.config, gridworld.SUBGOALS, gridworld.SUBGOAL_SIZE[run.config.subgoals]
+    layouts = run.layouts(3 * config.module.LOOK["layouts"], "score layouts")
+    pairs = torch.tensor([(a, b) for a in range(count) for b in range(count) if a != b])
+    order = pairs.repeat_interleave(len(layouts), 0).to(run.device)  # [K·(K−1)·n, 2]
+    tasks = (order.cpu()[..., None] * size + torch.arange(size)).flatten(1).to(layouts.agent.device)
+    game = new_game(config, layouts[torch.arange(len(layouts)).repeat(len(pairs))], tasks)
+    due = lambda games: order[games, (game.visits.to(run.device)[games] // size).clamp(max=1)]
+    intervene = lambda now: control(now.e, due(now.games))
+    success = play(config, base, game, run.evaluation("pairs"), intervene).success
+    first = (game.visits >= size).view(len(pairs), -1).float().sum(1).cpu()
+    matrix = torch.full((count + 1, count), math.nan)
+    matrix[0] = first.view(count, -1).mean(1) / len(layouts)
+    matrix[pairs[:, 0] + 1, pairs[:, 1]] = success.view(len(pairs), -1).sum(1).cpu() / first
+    return matrix
+
+
+def composition_scores(matrix):
+    """Means over the transitions that the data shows and over those it withholds, from a to a + 1 modulo K:
+    there, control must overrule the base model. `product`: of the cells along 0-1-2-3, about what a policy
+    with one code a subgoal can reach, if gates open where they should."""
+    withheld = matrix[1:].roll(-1, 1).diagonal()
+    shown = torch.cat([matrix[1:].roll(-k, 1).diagonal() for k in range(2, len(withheld))])
+    return {"shown": shown.nanmean().item(), "withheld": withheld.nanmean().item(),
+            "product": (matrix[0, 0] * withheld[:-1].prod()).item()}
+
+
 @torch.no_grad()
 def inspect_codes(run, base, meta):
-    """Gates and codes on held-out trajectories: precision, recall, what codes mean and do when held."""
+    """Gates and codes on held-out trajectories: precision, recall, what codes mean, and do when held. →
+    (numbers, the composition matrix of one code a subgoal)"""
     config, batch = run.config, run.held_out()
     e, proposals = meta_input(config, base, batch.observation), run.evaluation("proposals")
-    _, beta, mu, _ = meta(e, batch.length, proposals)
+    training = meta.training
+    _, beta, _, mu, _ = meta.eval()(e, batch.length, proposals)
+    meta.train(training)
     precision, recall = gate_scores(beta, batch, config.tolerance)
+    codes = one_code_each(run, base, meta)
+    matrix = composition(run, base, lambda e, subgoal: meta.hyper(e, codes[subgoal]))
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
-            **held_share(run, base, meta)}
+            **held_share(run, base, meta), **composition_scores(matrix)}, matrix
 
 # ============================================================================================== Figures
 
-def figures(run, base, meta, policy, accuracy):
-    """All pictures, from the trained modules, the probe's accuracies and the curves in metrics.jsonl."""
+def plotting():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
 
+
+def figures(run, base, meta, policy, accuracy, result):
+    """All pictures, from the trained modules, the probe's accuracies and the curves in metrics.jsonl."""
+    plt = plotting()
     config, module, palette = run.config, run.config.module, gridworld.PALETTE / 255
 
     def finish(name):
@@ -1002,7 +1112,7 @@ def figures(run, base, meta, policy, accuracy):
     batch = module.expert_batch(config, 24, run.evaluation("gate trajectories"))
     with torch.no_grad():
         e = meta_input(config, base, batch.observation)
-        _, beta, _, _ = meta(e, batch.length, run.evaluation("gate proposals"))
+        beta = meta(e, batch.length, run.evaluation("gate proposals"))[1]
     _, axes = plt.subplots(6, 1, figsize=(8, 6), sharex=True)
     for axis, steps, subgoal, gate in zip(axes, batch.length.tolist(), batch.subgoal.tolist(), beta.cpu()):
         for t in range(steps):
@@ -1016,6 +1126,9 @@ def figures(run, base, meta, policy, accuracy):
     # Probe (Fig. 3, A1)
     _, axis = plt.subplots(figsize=(5, 3))
     axis.plot(accuracy, "o-", color="black")
+    if "probe_ceiling" in result:
+        axis.axhline(result["probe_ceiling"], color=palette[0], label="best possible, on average")
+        axis.legend()
     axis.axvline(base.split, ls=":", color="gray")
     axis.set(xticks=range(len(accuracy)), xlabel="layer l (dotted: control layer)", ylabel="probe's accuracy")
     finish("probe.png")
@@ -1034,7 +1147,7 @@ def figures(run, base, meta, policy, accuracy):
     finish("success.png")
 
     # What held codes reach
-    codes = torch.randn(32, N_Z, generator=run.evaluation("bar codes"), device=run.device)
+    codes = torch.randn(32, config.n_z, generator=run.evaluation("bar codes"), device=run.device)
     layouts = run.layouts(2 * module.LOOK["layouts"])
     reached = held_codes(run, base, meta, codes, layouts, run.evaluation("bar plays")).cpu() / len(layouts)
     reached = reached[(reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()].numpy()
@@ -1046,6 +1159,21 @@ def figures(run, base, meta, policy, accuracy):
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncol=config.colours + 1, frameon=False)
     finish("codes.png")
 
+    # Composition matrices; what the data never shows is framed
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+    for axis, name in zip(axes, ("labels", "codes")):
+        cells = np.array(result[f"matrix_{name}"], dtype=float)
+        axis.imshow(cells, vmin=0, vmax=1, cmap="Greens")
+        for (a, b), cell in np.ndenumerate(cells):
+            if not math.isnan(cell):
+                shade = "white" if cell > 0.6 else "black"
+                axis.text(b, a, f"{cell:.2f}", ha="center", va="center", color=shade)
+            if a and b == a % len(cells[0]):
+                axis.add_patch(plt.Rectangle((b - 0.5, a - 0.5), 1, 1, fill=False, color=palette[0], lw=2))
+        axis.set(title=f"by {name}", xlabel="next", xticks=range(len(cells[0])), yticks=range(len(cells)),
+                 yticklabels=["start", *range(len(cells[0]))], ylabel="just reached")
+    finish("matrix.png")
+
     # A shortest solved episode, if there is one
     game = new_game(config, run.layouts(64, "film layouts"), post_task(config))
     intervention = with_policy(run, meta, policy, 64)
@@ -1056,7 +1184,7 @@ def figures(run, base, meta, policy, accuracy):
     titles = [f"{t}: code {sum(opened[:t + 1])}" + " (new)" * opened[t] for t in range(steps)]
     frames = [module.picture(x, config.size, config.colours) for x in episodes.observation[best, :steps + 1]]
     gridworld.film(frames, [*titles, "end"], [*opened, False], run.folder / "episode", *module.LOOK["film"])
-    print(f"figures: gates, probe, success, codes, episode in {run.folder}", flush=True)
+    print(f"figures: gates, probe, success, codes, matrix, episode in {run.folder}", flush=True)
 
 # ============================================================================================ Benchmark
 
@@ -1075,11 +1203,11 @@ def bench(run):
 
     def discovery_step():
         worlds = two_worlds(config, base, batch, generator)
-        descend(discovery_loss(config, base, meta, worlds, 0.1, generator)[0], optimizer, 1e-3)
+        descend(discovery_loss(config, base, meta, worlds, generator)[0], optimizer, 1e-3)
 
     @torch.no_grad()
     def acting_steps():
-        choose = lambda e, games: torch.randn(len(games), N_Z, generator=generator, device=device)
+        choose = lambda e, games: torch.randn(len(games), config.n_z, generator=generator, device=device)
         intervene, cache = CodeIntervention(config, meta, choose, 64), [None] * config.layers
         for t in range(32):
             e = base.lower(batch.observation[:, t:t + 1], cache)[:, 0]
@@ -1109,12 +1237,20 @@ WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game ex
 TABLE = {  # name in result.json → what it is
     "gap": "base model above the best possible predictor, nats per action",
     "probe_best": "linear probe of the hidden subgoal, best layer",
+    "probe_ceiling": "the best possible read-out of it (Bayes posterior)",
     "base_success": "base model alone on {post_task}",
     "steer_success": "labelled controllers on {post_task}",
+    "labels_withheld": "labelled controllers: b next after a, withheld transitions",
     "gate_precision": "gate precision, ±{tolerance} steps",
     "gate_recall": "gate recall, ±{tolerance} steps",
+    "coloured_precision": "precision of a gate that opens on every coloured cell",
+    "coloured_recall": "recall of that",
+    "always_precision": "precision of a gate that is always open",
     "goal_accuracy": "subgoal read from the code by nearest centroid",
     "held_share": "one held random code reaches the same colour (chance 1/O)",
+    "shown": "one code a subgoal: b next after a, transitions of the data",
+    "withheld": "one code a subgoal: b next after a, withheld transitions",
+    "product": "first visit of 0, then 1, 2, 3: product of these cells",
     "internal_success": "internal RL, success on held-out layouts",
     "switches_solved": "codes chosen in an episode that it solves",
     "raw_success": "RL on the model's own actions, success on held-out layouts",
@@ -1151,6 +1287,59 @@ def with_policy(run, meta, policy, batch):
     return CodeIntervention(run.config, meta, actor, batch)
 
 
+CONTROLS = {  # what a sceptic would try instead → the settings that do it
+    **{f"tokens, temperature {t}": dict(temperature=float(t)) for t in (1, 2, 3, 5)},
+    **{f"tokens, random weights, rate {lr:.0e}": dict(scratch=True, raw_lr=lr) for lr in (1e-4, 3e-4, 1e-3)},
+    "a new code at every step": dict(forced=True), "e + b(z), not e + U(z) e": dict(bias=True)}
+
+
+def controls(run):
+    """The same base model and as many episodes, with something else in place of internal RL; and what the
+    policy's codes are worth when they are mixed up. Writes controls.json and controls.png."""
+    success, curves, config = {}, {}, run.config
+    base, _ = pretrain(run)
+    for name, changes in CONTROLS.items():
+        folder = run.folder / "".join(c if c.isalnum() else "-" for c in name)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = Run(replace(config, **changes), folder, run.device, run.data)
+        if {"forced", "bias"} & changes.keys():
+            meta = discover(own, base)
+            actor = with_policy(own, meta, internal_rl(own, base, meta), config.evaluation)
+            success[name] = solved(own, base, lambda game: actor).mean().item()
+        else:
+            success[name] = solved(own, raw_rl(own, base)).mean().item()
+        curves[name] = own.metrics()
+    meta = discover(run, base)
+    policy, draws = internal_rl(run, base, meta), run.evaluation("bar codes")
+    curves["internal RL"] = run.metrics()
+    shuffled = lambda z: z[torch.randperm(len(z), generator=draws, device=z.device)]
+    random = lambda z: torch.randn(z.shape, generator=draws, device=z.device)
+    for name, change in {"internal RL": lambda z: z, "its codes, each in another game": shuffled,
+                         "codes from N(0, I)": random, "the code 0": torch.zeros_like}.items():
+        actor = PolicyActor(config, policy, config.evaluation, 0.0, draws)
+        choose = lambda e, games: change(actor(e, games))
+        intervention = CodeIntervention(config, meta, choose, config.evaluation)
+        success[name] = solved(run, base, lambda game: intervention).mean().item()
+    for name, value in success.items():
+        print(f"{name:40}{value:8.4f}")
+    (run.folder / "controls.json").write_text(json.dumps(success, indent=1) + "\n")
+    plt = plotting()
+    _, axis = plt.subplots(figsize=(8, 4))
+    for name, lines in curves.items():
+        lines = [line for line in lines if line["stage"] in ("rl", "raw")]
+        points = [(line["episodes"] / 1000, line["success"]) for line in lines]
+        axis.plot(*zip(*points), label=name)
+    axis.set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
+    axis.legend(fontsize=8)
+    plt.tight_layout()
+    plt.savefig(run.folder / "controls.png", dpi=110)
+
+
+def listed(matrix):
+    """A matrix for JSON: three digits, None instead of nan."""
+    return [[None if math.isnan(x) else round(x, 3) for x in row] for row in matrix.tolist()]
+
+
 def run_stages(run, wanted):
     """Runs the stage `wanted` (or "all") and what it builds on. Returns the numbers of TABLE it got to."""
     result, config = {}, run.config
@@ -1158,14 +1347,22 @@ def run_stages(run, wanted):
     if wanted in ("all", "probe"):
         accuracy = train_probe(run, base)
         result["probe_best"] = max(accuracy)
+        floors = config.module.action_floor(config, config.module.LOOK["trajectories"],
+                                            run.evaluation("held-out trajectories"))
+        if floors[1] is not None:
+            result["probe_ceiling"] = floors[1]
     if wanted in ("all", "steer"):
-        result["steer_success"] = steer(run, base).mean().item()
+        controllers = steer(run, base)
+        result["steer_success"] = solved(run, base, with_labels(config, controllers)).mean().item()
+        matrix = composition(run, base, controllers)
+        result.update(matrix_labels=listed(matrix), labels_withheld=composition_scores(matrix)["withheld"])
         result["base_success"] = solved(run, base).mean().item()
         print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)
     if wanted in ("all", "discover", "rl"):
         meta = discover(run, base)
-        result.update(inspect_codes(run, base, meta))
+        scores, matrix = inspect_codes(run, base, meta)
+        result.update(scores, **trivial_gates(run), matrix_codes=listed(matrix))
     if wanted in ("all", "rl"):
         policy = internal_rl(run, base, meta)
         intervention = with_policy(run, meta, policy, config.evaluation)
@@ -1177,7 +1374,7 @@ def run_stages(run, wanted):
         print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, "
               f"{config.module.RAW} {result['raw_success']:.4f}", flush=True)
     if wanted == "all":
-        figures(run, base, meta, policy, accuracy)
+        figures(run, base, meta, policy, accuracy, result)
     result["seconds"] = round(sum(saved["seconds"] for saved in map(run.load, STAGES) if saved), 1)
     return result
 
@@ -1206,8 +1403,9 @@ def parse_arguments(arguments):
     parser.error = refuse
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
                         help="named settings: tiny (a minute), quick (default), paper (a large GPU, days)")
-    parser.add_argument("--stage", choices=["all", "pretrain", "probe", "steer", "discover", "rl", "bench"],
-                        default="all", help="what to run, after what it builds on; bench: speed")
+    parser.add_argument("--stage", default="all",
+                        choices="all pretrain probe steer discover rl controls bench".split(),
+                        help="what to run, after what it builds on; controls: rivals; bench: speed")
     parser.add_argument("--seeds", metavar="0,1,2", help="several seeds one after another (overrides --seed)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where")
     parser.add_argument("--out", metavar="FOLDER", help="run folder (runs/TASK-PRESET-sSEED); with --seeds, "
@@ -1251,7 +1449,7 @@ def main(arguments=None):
         refuse(f"--device {device}: torch finds no such device here")
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    device, runs, results = torch.device(device), [], {}
+    device, runs, results, Run.stop = torch.device(device), [], {}, None
     together = options.out or f"runs/{options.task}-{options.preset}"
     for seed in seeds:
         check(own := replace(config, seed=seed))
@@ -1272,20 +1470,24 @@ def main(arguments=None):
         (run.folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
 
         def stop(number, frame):
-            if run.stop is not None:
+            if Run.stop is not None:
                 raise SystemExit(128 + number)
-            run.stop = number
+            Run.stop = number
             print("\nstopping at the end of this round (again: at once)", flush=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
+        if options.stage == "controls":
+            controls(run)
+            continue
         results[run.config.seed] = run_stages(run, options.stage)
         if options.stage == "all":
             (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
         if run.stop is not None:
             raise SystemExit(128 + run.stop)
-    print_table(config, results)
-    if len(runs) > 1:
+    if results:
+        print_table(config, results)
+    if len(results) > 1:
         Path(f"{together}-results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(f"\nwritten to {together}-results.json")
 

@@ -30,7 +30,8 @@ import gridworld
 import internal_rl as rl
 
 HERE = Path(__file__).parent
-CONFIG = rl.configure("gridworld", "quick", width=32, heads=2, layers=4, walls=2, rank=5)
+CONFIG = rl.configure("gridworld", "quick", width=32, heads=2, layers=4, walls=2, rank=5, bf16=False)
+PAPER = dict(n_z=8, code_std=0.0, rate=0.0)  # codes as in the paper
 
 
 def generator(seed=0):
@@ -129,7 +130,7 @@ def test_bayes_floor_matches_a_slow_filter():
     layouts = gridworld.draw_layouts(12, 5, 4, 2, generator())
     own = torch.arange(12)
     paths = gridworld.expert_paths(layouts, 5, tasks[own], 60, generator(1))
-    blind = aware = 0.0
+    blind = aware = right = 0.0
 
     def probability(i, target, cell, action):
         here = reference_distance(layouts, i, 5, cell, target)
@@ -149,13 +150,14 @@ def test_bayes_floor_matches_a_slow_filter():
         for t in range(int(paths.length[i])):
             cell, action, to = int(paths.observation[i, t, -1]), int(paths.action[i, t]), int(paths.observation[i, t + 1, -1])
             p = np.array([probability(i, int(layouts.colours[i, tasks[m, stage[m]]]), cell, action) if stage[m] < 3 else 0 for m in range(16)])
+            right += max(sum(w for w, task, s in zip(weight, tasks.tolist(), stage) if s < 3 and task[s] == k) for k in range(4))
             blind -= np.log((weight * p).sum())
             aware -= np.log(p[i])
             weight = weight * p / (weight * p).sum()
             for m in range(16):
                 stage[m] += stage[m] < 3 and to == int(layouts.colours[i, tasks[m, stage[m]]])
     steps = paths.length.sum().item()
-    assert gridworld.bayes_floor(layouts, 5, paths, tasks, own, 60) == pytest.approx((blind / steps, aware / steps), abs=1e-5)
+    assert gridworld.bayes_floor(layouts, 5, paths, tasks, own, 60) == pytest.approx((blind / steps, aware / steps, right / steps), abs=1e-5)
 
 
 def test_batched_game_equals_gymnasium_on_random_play():
@@ -413,11 +415,12 @@ def test_next_observation_loss_against_a_loop(base, batch):
 def test_zero_control_leaves_the_base_unchanged(base, meta, batch):
     e = base.lower(batch.observation)
     with torch.no_grad():
-        meta.write.zero_()
-    assert torch.equal(meta.control(e, torch.randn(*e.shape[:2], 8)), e)
+        meta.hyper.write.zero_()
+        meta.alpha.zero_()
+    assert torch.equal(meta.hyper(e, torch.randn(*e.shape[:2], 4)), e)
     assert torch.equal(rl.LabelledControllers(CONFIG)(e[:, :-1], batch.subgoal), e[:, :-1])
     worlds = rl.two_worlds(replace(CONFIG, mirror=False), base, batch, generator())
-    loss, nll, _, _ = rl.discovery_loss(CONFIG, base, meta, worlds, 0.0, generator())
+    loss, nll, _, _ = rl.discovery_loss(replace(CONFIG, mirror=False), base, meta, worlds, generator())
     expected = rl.action_loss(CONFIG, base(batch.observation[:, :-1]), batch).item()
     assert loss.item() == pytest.approx(expected, abs=1e-6) and nll.item() == pytest.approx(expected, abs=1e-6)
 
@@ -429,9 +432,9 @@ def low_rank_control(e, a, b):
 
 
 def test_low_rank_control_is_the_matrix_product(meta):
-    e, z = torch.randn(3, 2, 32), torch.randn(3, 2, 8)
-    hidden = torch.cat([meta.hyper(z), torch.ones(3, 2, 1)], -1)  # [3, 2, J+1]
-    a, b = (torch.einsum("btj,jrc->btrc", hidden, weight) for weight in (meta.read, meta.write))  # A(z), B(z), Eq. 18
+    e, z, hyper = torch.randn(3, 2, 32), torch.randn(3, 2, 4), meta.hyper
+    hidden = torch.cat([hyper.units(z), torch.ones(3, 2, 1)], -1)  # [3, 2, J+1]
+    a, b = (torch.einsum("btj,jrc->btrc", hidden, weight) for weight in (hyper.read, hyper.write))  # A(z), B(z), Eq. 18
     assert a.shape == (3, 2, 5, 32)
     expected = torch.empty_like(e)
     for i in range(3):
@@ -440,8 +443,11 @@ def test_low_rank_control_is_the_matrix_product(meta):
             assert not torch.allclose(u, u.T, atol=1e-3)
             expected[i, t] = e[i, t] + u @ e[i, t]
     assert torch.allclose(low_rank_control(e, a, b), expected, atol=1e-5)
-    assert torch.allclose(rl.linear_control(e, hidden, meta.read, meta.write), expected, atol=1e-5)
-    assert torch.allclose(meta.control(e, z), expected, atol=1e-5)
+    assert torch.allclose(rl.linear_control(e, hidden, hyper.read, hyper.write), expected, atol=1e-5)
+    assert torch.allclose(hyper(e, z), expected, atol=1e-5)
+    hyper.bias = True  # the control of e + b(z)
+    added = hyper(e, z) - e
+    assert torch.allclose(added, b[:, :, 0], atol=1e-5) and torch.allclose(hyper(e + 1, z) - e - 1, added, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [5, 0])
@@ -483,7 +489,7 @@ def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the
         shortest = int(batch.length.min())
         assert torch.equal(features[:, :shortest], features_changed[:, :shortest])
         assert (mu[:, 0] - mu_changed[:, 0]).abs().amax(1).min() > 1e-5
-        z, beta, _, _ = meta(base.lower(batch.observation), batch.length, generator())
+        z, beta, _, _, _ = meta(base.lower(batch.observation), batch.length, generator())
         assert (beta[:, 0] == 1).all()
         assert torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3]), atol=1e-6)
         assert not torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3] + 1), atol=1e-4)
@@ -496,23 +502,103 @@ def test_history_excludes_the_present(read_embedding, base, meta, batch, monkeyp
     config = replace(CONFIG, read_embedding=read_embedding)
     with torch.no_grad():
         e, embedding = base.lower(batch.observation), base.embed(batch.observation)
-        z, beta, _, _ = meta(rl.meta_input(config, base, batch.observation), batch.length, generator())
+        z, beta, _, _, _ = meta(rl.meta_input(config, base, batch.observation), batch.length, generator())
         control = rl.CodeIntervention(config, meta, lambda x, games: z[games, len(control.trace)], 24)
         games = torch.arange(24)
         for t in range(5):
             controlled = control(rl.Moment(e[:, t], embedding[:, t], games, t))
-            assert control.trace[t][2].all() and torch.allclose(controlled, meta.control(e[:, t], z[:, t]), atol=1e-5)
+            assert control.trace[t][2].all() and torch.allclose(controlled, meta.hyper(e[:, t], z[:, t]), atol=1e-5)
     for t in range(1, 5):
         assert torch.allclose(control.trace[t][1], beta[:, t], atol=1e-5)
 
 
 def test_gradient_reaches_every_trainable_and_no_frozen_parameter(base, meta, batch):
     base.requires_grad_(False)
-    loss, nll, kl, _ = rl.discovery_loss(CONFIG, base, meta, rl.two_worlds(CONFIG, base, batch, generator()), 0.1, generator())
-    assert loss.item() == pytest.approx(nll.item() + 0.1 * kl.item(), rel=1e-6)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
-    assert all(p.grad is None for p in base.parameters())
+    for config in (CONFIG, replace(CONFIG, **PAPER)):
+        meta = rl.Metacontroller(config)
+        meta.alpha.fill_(0.1)
+        loss, nll, kl, _ = rl.discovery_loss(config, base, meta, rl.two_worlds(config, base, batch, generator()), generator())
+        assert loss.item() == pytest.approx(nll.item() + 0.1 * kl.item(), rel=1e-6)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
+        assert all(p.grad is None for p in base.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, PAPER])
+def test_kl_is_charged_where_codes_are_sent_or_everywhere_as_in_the_paper(changes, base, batch):
+    config = replace(CONFIG, **changes)
+    torch.manual_seed(1)
+    meta, worlds = rl.Metacontroller(config), rl.two_worlds(config, base, batch, generator())
+    with torch.no_grad():
+        meta.switch_out.bias += 2  # so that some gates open
+        _, nll, kl, beta = rl.discovery_loss(config, base, meta, worlds, generator(5))
+        z, _, gates, mu, log_sigma = meta(worlds[0], batch.length, generator(5))
+    total, opened = 0.0, 0
+    for i, length in enumerate(batch.length.tolist()):
+        for t in range(length):
+            normal = torch.distributions.Normal(mu[i, t], log_sigma[i, t].exp())
+            one = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum().item()
+            total += one * (gates[i, t].item() if config.code_std else 1)
+            opened += gates[i, t].item()
+    assert kl.item() == pytest.approx(total / batch.length.sum().item(), rel=1e-4)
+    if config.code_std:
+        assert set(gates.round(decimals=6).unique().tolist()) == {0, 1} and (gates[:, 0] == 1).all() and len(batch.length) < opened < batch.length.sum()
+        assert kl.item() == pytest.approx(opened / batch.length.sum().item() * -4 * math.log(0.4), rel=1e-4)  # every code costs the same
+    else:
+        assert torch.equal(gates, beta) and ((beta[:, 1:] > 0) & (beta[:, 1:] < 1)).all() and log_sigma.unique().numel() > 100
+
+
+def test_codes_have_one_length_and_look_like_draws_from_the_prior(base, meta, batch):
+    with torch.no_grad():
+        z, _, gates, mu, log_sigma = meta(base.embed(batch.observation), batch.length, generator())
+    assert torch.allclose((mu ** 2).sum(-1) + 4 * 0.4 ** 2, torch.tensor(4.0), atol=1e-4)
+    assert torch.allclose(log_sigma, torch.full_like(mu, math.log(0.4)))
+    assert (z ** 2).sum(-1).mean().item() == pytest.approx(4, rel=0.1)
+    held = (gates[:, 1:] == 0)
+    assert torch.equal(z[:, 1:][held], z[:, :-1][held]) and held.any() and not held.all()
+
+
+def test_gates_are_drawn_in_training_only_and_pass_gradients_as_if_they_were_beta(base, meta, batch):
+    e = base.embed(batch.observation).detach()
+    def gates(seed):
+        return meta(e, batch.length, generator(seed))[1:3]
+    beta, drawn = gates(0)
+    assert not torch.equal(drawn, gates(1)[1])
+    shares = torch.stack([gates(seed)[1][:, 1] for seed in range(200)]).mean(0)  # step 1: β does not depend on earlier gates
+    seen = torch.stack([gates(seed)[0][:, 1] for seed in range(200)]).mean(0)
+    assert (shares - seen).abs().mean() < 0.03
+    parameters = list(meta.switch_in.parameters())
+    ours, theirs = (torch.autograd.grad(x[:, 1].sum(), parameters, retain_graph=True) for x in (drawn, beta))
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(ours, theirs))
+    meta.eval()
+    beta, hard = gates(0)
+    assert torch.equal(hard[:, 1:], (beta[:, 1:] > rl.THRESHOLD).float())
+    meta.forced = True
+    assert (gates(0)[0] == 1).all() and (gates(0)[1] == 1).all()
+
+
+def test_alpha_follows_the_rate():
+    alpha = torch.tensor(0.01)
+    for kl, factor in ((2.4, math.exp(0.02)), (99.0, math.exp(0.02)), (1.2, 1), (0.6, math.exp(-0.01)), (0.0, math.exp(-0.02))):
+        before = alpha.item()
+        rl.hold_rate(alpha, torch.tensor(kl), 1.2)
+        assert alpha.item() == pytest.approx(before * factor, rel=1e-4)
+    for kl, bound in ((9.0, 2), (0.0, 1e-3)):
+        for _ in range(1000):
+            rl.hold_rate(alpha, torch.tensor(kl), 1.2)
+        assert alpha.item() == pytest.approx(bound)
+
+
+def test_renewal_trains_a_new_hypernetwork_and_nothing_else(base, tmp_path):
+    config = replace(CONFIG, renew_steps=16, discover_batch=8)
+    run, meta = rl.Run(config, tmp_path, torch.device("cpu")), rl.Metacontroller(config)
+    base.requires_grad_(False)
+    before = {name: value.clone() for name, value in meta.state_dict().items()}
+    after = rl.renew(run, base, meta.requires_grad_(False).eval()).state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("hyper.")}
+    untouched = rl.renew(rl.Run(replace(config, renew_steps=0), tmp_path / "none", torch.device("cpu")), base, meta).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in untouched.items())
 
 
 def test_kl_against_torch():
@@ -573,7 +659,8 @@ def test_labels_follow_the_visits(subgoals, task, order):
 
 def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
     torch.manual_seed(2)
-    policy = rl.Policy(CONFIG)
+    policy, meta = rl.Policy(CONFIG), copy.deepcopy(meta)
+    meta.switch_out.bias.data.zero_()  # some gates open, others do not
     layouts = gridworld.draw_layouts(64, 5, 4, 2, generator())
     actor = rl.PolicyActor(CONFIG, policy, 64, 0.7, generator(1))
     control = rl.CodeIntervention(CONFIG, meta, actor, 64)
@@ -626,6 +713,56 @@ def test_gate_scores_by_hand():
     beta = torch.tensor([[1.0, 0, 0, 0, 0.9, 0, 0.9, 0, 0, 0, 0]])  # one near the change at 3, one false; the change at 8 is missed
     assert rl.gate_scores(beta, batch, 1) == (0.5, 0.5)
     assert rl.gate_scores(beta, batch, 2) == (1.0, 1.0)
+
+
+def test_trivial_gates_by_hand(tmp_path, monkeypatch):
+    run = rl.Run(replace(CONFIG, colours=1, walls=0), tmp_path, torch.device("cpu"))
+    observation = torch.tensor([[[7, cell] for cell in (1, 2, 7, 8, 7, 9)]])  # on the colour at steps 2 and 4
+    batch = gridworld.Trajectories(observation, torch.zeros(1, 5, dtype=torch.long), torch.tensor([5]), None, torch.tensor([[0, 0, 1, 1, 1]]))
+    monkeypatch.setattr(run, "held_out", lambda: batch)
+    assert rl.trivial_gates(run) == {"coloured_precision": 0.5, "coloured_recall": 1.0, "always_precision": 0.25, "always_recall": 1.0}
+
+
+def test_composition_counts_what_follows(base, tmp_path, monkeypatch):
+    """A game whose outcome is decided by hand: 0 is always reached first, others in half of the layouts; then b follows a unless b = a + 1."""
+    run, asked = rl.Run(CONFIG, tmp_path, torch.device("cpu")), []
+
+    def play(config, base, game, generator, intervene):
+        tasks = game.tasks.view(-1, 3)[:, :2]
+        first = (tasks[:, 0] == 0) | (torch.arange(len(tasks)) % 2 == 0)
+        for visits in (0, 1, 2):
+            game.visits = torch.full((len(tasks),), visits)
+            games = torch.arange(len(tasks))
+            intervene(rl.Moment(torch.zeros(len(tasks), 1), None, games, 0))
+            assert torch.equal(asked[-1], tasks[:, min(visits, 1)])
+        success = first & (tasks[:, 1] != (tasks[:, 0] + 1) % 4)
+        game.visits = first.long() + success
+        return gridworld.Trajectories(None, None, None, success.float())
+
+    monkeypatch.setattr(rl, "play", play)
+    matrix = rl.composition(run, base, lambda e, subgoal: asked.append(subgoal))
+    assert matrix[0].tolist() == [1, 0.5, 0.5, 0.5]
+    assert all(math.isnan(matrix[a + 1, a]) for a in range(4))
+    assert all(matrix[a + 1, b] == (b != (a + 1) % 4) for a in range(4) for b in range(4) if a != b)
+
+
+def test_composition_scores_by_hand():
+    nan = math.nan
+    matrix = torch.tensor([[0.9, 0.1, 0.2, 0.3], [nan, 0.5, 1, 1], [1, nan, 0.6, 0.8], [0.4, 1, nan, 0.7], [0.1, 1, 0.6, nan]])
+    assert rl.composition_scores(matrix) == pytest.approx(
+        {"shown": (1 + 1 + 1 + 0.8 + 0.4 + 1 + 1 + 0.6) / 8, "withheld": (0.5 + 0.6 + 0.7 + 0.1) / 4, "product": 0.9 * 0.5 * 0.6 * 0.7})
+
+
+def test_one_code_each_finds_what_reaches_a_colour(base, meta, tmp_path, monkeypatch):
+    centres = torch.tensor([[1.0, 0, 0, 1], [-1, 0, 1, 0], [0, 1, -1, 0], [0, -1, 0, -1]])
+
+    def held_codes(run, base, meta, codes, layouts, generator):
+        near = (-torch.cdist(codes, centres)).exp() * 1000
+        return F.pad(near.long(), (0, 1))
+
+    monkeypatch.setattr(rl, "held_codes", held_codes)
+    found = rl.one_code_each(rl.Run(CONFIG, tmp_path, torch.device("cpu")), base, meta)
+    assert (found - centres).norm(dim=1).max() < 0.5 < torch.cdist(centres, centres).fill_diagonal_(9).min()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- ant
@@ -1081,7 +1218,7 @@ def command(*arguments, **options):
 
 
 SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--discover-steps", 32,
-         "--audition-steps", 16)
+         "--renew-steps", 16)
 
 
 @pytest.fixture(scope="module")
@@ -1097,12 +1234,12 @@ def test_tiny_run_end_to_end(finished, tmp_path):
     assert "token-level" in done.stdout
     shutil.copytree(folder, tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "audition.pt", "discover.pt", "rl.pt", "raw.pt",
-                     "gates.png", "probe.png", "success.png", "codes.png", "episode.png", "episode.gif"}
+    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "discover.pt", "renew.pt", "rl.pt", "raw.pt",
+                     "gates.png", "probe.png", "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
-    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, audition=16, discover=32, rl=4, raw=4)
+    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, discover=32, renew=16, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     again = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
     assert again.returncode == 0 and "reused" in again.stdout
@@ -1117,7 +1254,7 @@ def test_tiny_run_end_to_end(finished, tmp_path):
 
 def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path):
     done, folder = finished
-    assert "gate precision, ±1 steps" in done.stdout and "±2" not in done.stdout
+    assert "gate recall, ±0 steps" in done.stdout and "±2" not in done.stdout
     shutil.copytree(folder, tmp_path / "run")
     kept = [file for file in (tmp_path / "run").iterdir() if file.suffix in (".pt", ".jsonl")]
     before = {file: file.read_bytes() for file in kept}
@@ -1125,7 +1262,7 @@ def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path):
     again = command("--task", "gridworld", *SMALL, "--tolerance", 2, "--evaluation", 40, "--out", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert all(file.read_bytes() == content for file, content in before.items())
-    assert "gate precision, ±2 steps" in again.stdout and "gate recall, ±2 steps" in again.stdout and "±1" not in again.stdout
+    assert "gate recall, ±2 steps" in again.stdout and "±0" not in again.stdout
     one, two = (json.loads((place / "result.json").read_text()) for place in (folder, tmp_path / "run"))
     assert one.keys() - {"switches_solved"} == two.keys() - {"switches_solved"} and one["gap"] == two["gap"] and one["seconds"] == two["seconds"]
     if not math.isnan(one["gate_precision"]):
@@ -1138,8 +1275,8 @@ def test_tiny_ant_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "raw-action" in done.stdout and "token-level" not in done.stdout
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "audition.pt", "discover.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
-                     "success.png", "codes.png", "episode.png", "episode.gif"}
+    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "discover.pt", "renew.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
+                     "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
     refused = command(*arguments, "--trajectories", 32)
@@ -1154,8 +1291,7 @@ def test_tiny_ant_run_end_to_end(tmp_path):
 
 def test_resumed_run_equals_uninterrupted(tmp_path):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
-    config = rl.configure("gridworld", "tiny", pretrain_steps=48, audition_steps=32, discover_steps=48, rl_episodes=768, probe_steps=32,
-                          steer_steps=32)
+    config = rl.configure("gridworld", "tiny", pretrain_steps=48, discover_steps=48, renew_steps=32, rl_episodes=768, probe_steps=32, steer_steps=32)
 
     def everything(run):
         base, gap = rl.pretrain(run)
@@ -1163,7 +1299,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
         meta = rl.discover(run, base)
         rl.internal_rl(run, base, meta)
         rl.raw_rl(run, base)
-        return gap, accuracy, steered.tolist()
+        return gap, accuracy, steered.b.tolist(), meta.alpha.item(), meta.hyper.write.sum().item()
 
     whole, parts = (rl.Run(config, tmp_path / name, torch.device("cpu")) for name in ("whole", "parts"))
     for run in (whole, parts):
