@@ -430,7 +430,7 @@ ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3)
 # differs from the paper: λ = 1 (there 10), control of rank 16 (a full matrix), after block 1 of 4 (the middle one).
 QUICK = dict(
     ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400, swap=True,
-    discover_steps=6400, renew_steps=1600, rl_episodes=102_400, rl_batch=512)
+    candidates=1, discover_steps=6400, renew_steps=1600, rl_episodes=102_400, rl_batch=512)
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
@@ -440,7 +440,7 @@ PRESETS = {
     "paper": dict(
         ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
         layers=8, heads=8, pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, cosine=False, probe_steps=8000,
-        probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, control_layer=0, discover_steps=32_000,
+        probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, control_layer=0, candidates=1, discover_steps=32_000,
         discover_batch=128, discover_lr=3e-4, mirror=False, read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0, renew_steps=0,
         rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
 }

@@ -100,7 +100,8 @@ class Settings:
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3", "rl raw", "post-training task, of withheld transitions only")
-    discover_steps: int = setting(2600, "discover", "metacontroller: training steps", 1, 10 ** 8)
+    discover_steps: int = setting(2600, "discover", "metacontroller: training steps", 2, 10 ** 8)
+    candidates: int = setting(5, "discover", "metacontrollers that start; half-way the best goes on", 1, 100)
     discover_batch: int = setting(64, "probe steer discover", "stages 2-4: trajectories a step", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "discover", "α, weight of the KL; with a rate: at first", 0, 1000)
@@ -148,14 +149,14 @@ def descend(loss, optimizer, lr):
     optimizer.step()
 
 
-def learning_rate(config, peak, step):
-    """200 steps of warm-up (a tenth of a short stage), then a cosine down to 2% of the peak."""
+def learning_rate(config, peak, number, count):
+    """Of step `number` of `count`: 200 steps of warm-up (a tenth of a short stage), then a cosine to 2% of peak."""
     # differs from the paper: larger rates that decay (--no-cosine: constant), because there are fewer steps.
     if not config.cosine:
         return peak
-    warm_up = min(200, step.count // 10 + 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * step.number / step.count))
-    return peak * min(1, (step.number + 1) / warm_up) * (0.02 + 0.98 * cosine)
+    warm_up = min(200, count // 10 + 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * number / count))
+    return peak * min(1, (number + 1) / warm_up) * (0.02 + 0.98 * cosine)
 
 
 class ExpertData:
@@ -310,7 +311,7 @@ def pretrain(run):
         # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             loss, nll = pretraining_loss(config, base, batch)
-        descend(loss, optimizer, learning_rate(config, config.pretrain_lr, step))
+        descend(loss, optimizer, learning_rate(config, config.pretrain_lr, step.number, step.count))
         step.log(loss=loss, nll=nll)
         if step.due:
             step.log(**measure_base(run, base, floor))
@@ -354,7 +355,7 @@ def train_probe(run, base):
         residuals, subgoal = examples(data.batch(0))
         logits = probe(residuals)  # [L+1, n, K]
         loss = F.cross_entropy(logits.flatten(0, 1), subgoal.repeat(len(logits))) * len(logits)
-        descend(loss, optimizer, learning_rate(config, config.probe_lr, step))
+        descend(loss, optimizer, learning_rate(config, config.probe_lr, step.number, step.count))
         step.log(loss=loss)
         if step.due:
             step.log(probe_accuracy=accuracy())
@@ -459,7 +460,7 @@ def steer(run, base):
         with torch.no_grad():
             e = base.lower(batch.observation[:, :-1])
         loss = action_loss(config, base.upper(controllers(e, batch.subgoal)), batch)
-        descend(loss, optimizer, learning_rate(config, config.steer_lr, step))
+        descend(loss, optimizer, learning_rate(config, config.steer_lr, step.number, step.count))
         step.log(loss=loss)
     return controllers
 
@@ -524,6 +525,7 @@ class Metacontroller(nn.Module):
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # s starts with a long memory
         self.code_std, self.forced = config.code_std, config.forced
         self.register_buffer("alpha", torch.tensor(config.alpha))
+        self.register_buffer("nll", torch.zeros(()))  # of the last hundred steps, on average; of a candidate
 
     def propose(self, e, length, partner=None):
         """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ
@@ -548,14 +550,14 @@ class Metacontroller(nn.Module):
         logit = self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1)
         return logit.sigmoid().clamp(min=float(self.forced))
 
-    def forward(self, e, length, generator, partner=None):
+    def forward(self, e, length, generator, partner=None, blur=1.0):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β, gates [B, T+1], μ, ln σ as z"""
         mu, log_sigma, features = self.propose(self.norm(e), length, partner)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         threshold = torch.full(mu.shape[:2], THRESHOLD, device=mu.device)
         if self.training:
             threshold = torch.rand(threshold.shape, generator=generator, device=mu.device)
-        proposal = mu + log_sigma.exp() * noise  # Eq. 14
+        proposal = mu + blur * log_sigma.exp() * noise  # Eq. 14
         z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1
         gates = beta[:]
         for t in range(1, e.shape[1]):
@@ -588,11 +590,11 @@ def two_worlds(config, base, batch, generator):
     return e, e_image, image, partner
 
 
-def discovery_loss(config, base, meta, worlds, generator):
+def discovery_loss(config, base, meta, worlds, generator, blur=1.0):
     """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action; of the
     `two_worlds`. Only the upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
     e, e_image, image, partner = worlds
-    z, beta, gates, mu, log_sigma = meta(e, image.length, generator, partner)  # an image has the same lengths
+    z, beta, gates, mu, log_sigma = meta(e, image.length, generator, partner, blur)  # lengths: as of batch
     with torch.autocast(e.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         nll = action_loss(config, base.upper(meta.hyper(e_image, z[:, :-1])), image)
     kl = kl_to_standard_normal(mu, log_sigma)
@@ -612,29 +614,40 @@ def hold_rate(alpha, kl, rate):
 
 def discover(run, base):
     """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
+    # differs from the paper: K candidates train for half of the steps, and the one with the lowest nll goes on.
+    # From some initial weights, codes say how far away the goal is; these explain less at the same rate.
     config, generator = run.config, run.generator("discover")
+    K, half = config.candidates, config.discover_steps // 2
     torch.manual_seed(config.seed)
-    meta = Metacontroller(config).to(run.device)
-    print(f"discover: {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
+    metas = nn.ModuleList(Metacontroller(config) for _ in range(K)).to(run.device)
+    best = lambda: min(range(K), key=lambda k: metas[k].nll.item())
+    print(f"discover: {sum(p.numel() for p in metas[0].parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(metas.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps("discover", config.discover_steps, generator, optimizer, reports=6, meta=meta):
-        worlds = two_worlds(config, base, data.batch(step.progress), generator)
+    count = (K - 1) * half + config.discover_steps
+    for step in run.steps("discover", count, generator, optimizer, reports=2 * K + 2, metas=metas):
+        turn = min(step.number // half, K)
+        k = turn if turn < K else best()
+        meta, number = metas[k], step.number - min(turn, K - 1) * half  # number: of its own steps
+        worlds = two_worlds(config, base, data.batch(min(1, number / config.discover_steps)), generator)
         loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, generator)
-        descend(loss, optimizer, learning_rate(config, config.discover_lr, step))
+        descend(loss, optimizer, learning_rate(config, config.discover_lr, number, config.discover_steps))
+        if turn < K:
+            meta.nll.lerp_(nll.detach(), 0.01)
         if config.rate > 0:
             hold_rate(meta.alpha, kl, config.rate)
-        step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
+        step.log(candidate=k, loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][worlds[2].valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_codes(run, base, meta)[0])
-    return renew(run, base, meta.requires_grad_(False).eval())
+    return renew(run, base, metas[best()].requires_grad_(False).eval())
 
 
 def renew(run, base, meta):
     """Stage 4, second part: f_hyp is learned anew, while codes and gates stay as they are."""
-    # differs from the paper: the first f_hyp learned while codes said little, and leans on what the base
-    # model believes; a new one has only seen codes that say it all, as LabelledControllers see labels.
+    # differs from the paper: the first f_hyp learned while codes said little and were blurred by noise, so it
+    # leans on what the base model believes. The new one learns as LabelledControllers do, but from codes whose
+    # noise fades out: at first it learns what all codes near a goal's do, in the end what that goal's does.
     config, generator = run.config, run.generator("renew")
     if config.renew_steps > 0:
         torch.manual_seed(config.seed)
@@ -643,8 +656,8 @@ def renew(run, base, meta):
         data = ExpertData(run, config.discover_batch, 0.0, generator)
         for step in run.steps("renew", config.renew_steps, generator, optimizer, reports=3, hyper=meta.hyper):
             worlds = two_worlds(config, base, data.batch(1.0), generator)
-            _, nll, _, _ = discovery_loss(config, base, meta, worlds, generator)
-            descend(nll, optimizer, learning_rate(config, config.renew_lr, step))
+            _, nll, _, _ = discovery_loss(config, base, meta, worlds, generator, blur=1 - step.progress)
+            descend(nll, optimizer, learning_rate(config, config.renew_lr, step.number, step.count))
             step.log(loss=nll, nll=nll)
             if step.due:
                 step.log(**inspect_codes(run, base, meta)[0])
@@ -769,8 +782,7 @@ def internal_rl(run, base, meta):
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
-        # differs from the paper: the policy's std falls on a schedule from above the prior's 1: typical codes
-        # are too weak to overrule the base model's belief that withheld transitions never happen.
+        # differs from the paper: the policy's std falls along a line, from the prior's 1, instead of being learned.
         std, loss = config.std_start + (config.std_end - config.std_start) * step.progress, 0.0
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)

@@ -1239,7 +1239,7 @@ def test_tiny_run_end_to_end(finished, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
-    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, discover=32, renew=16, rl=4, raw=4)
+    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, discover=48, renew=16, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     again = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
     assert again.returncode == 0 and "reused" in again.stdout
@@ -1314,7 +1314,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
         except SystemExit as stopped:
             assert stopped.code == 130
             stops += 1
-    assert stops == 11 and found == expected  # one after each round but the last of a stage
+    assert stops == 13 and found == expected  # one after each round but the last of a stage
     for stage in rl.STAGES:
         a, b = whole.load(stage), parts.load(stage)
         assert a.keys() == b.keys() and a["steps"] == b["steps"]
