@@ -1244,6 +1244,7 @@ def bench(run):
 
 # ========================================================================================= Command line
 
+SOLVED = 0.6  # a seed counts as solved if internal RL reaches this success
 WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_batch source thinned "
          "action_floor mirror places picture Embedding Head log_prob sample").split()
 TABLE = {  # name in result.json → what it is
@@ -1399,7 +1400,36 @@ def print_table(config, results):
         values = [result.get(name, math.nan) for result in results.values()]  # nan: nothing to measure
         if not np.isnan(values).all():
             print(f"{text.format(**asdict(config)):62}" + "".join(f"{v:10.4g}" for v in values)
-                  + f"{np.median(values):10.4g}   {config.module.EXPECT.get(name, '')}")
+                  + f"{np.nanmedian(values):10.4g}   {config.module.EXPECT.get(name, '')}")
+
+
+def binomial_interval(hits, n):
+    """Exact 95% interval of a probability (Clopper, Pearson), after `hits` of n → (low, high)"""
+    at_least = lambda k, p: sum(math.comb(n, i) * p ** i * (1 - p) ** (n - i) for i in range(k, n + 1))
+    p = np.linspace(0, 1, 10_001)
+    return (p[at_least(hits, p) >= 0.025].min() if hits else 0.0,
+            p[at_least(hits + 1, p) <= 0.975].max() if hits < n else 1.0)
+
+
+def compare_seeds(config, results, together):
+    """Of several seeds: every one as a dot in TOGETHER-seeds.png, and how many reach SOLVED."""
+    plt = plotting()
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    rows = {"base_success": "base model alone", "raw_success": f"{config.module.RAW} RL",
+            "internal_success": "internal RL", "steer_success": "labelled controllers"}
+    for row, name in enumerate(rows):
+        values = sorted(result[name] for result in results.values())
+        axis.plot(values, row + 0.06 * np.arange(len(values)) - 0.03 * len(values), "o", alpha=0.7)
+    axis.axvline(SOLVED, ls=":", color="gray")
+    axis.set(yticks=range(len(rows)), yticklabels=rows.values(), xlim=(-0.02, 1.02),
+             xlabel=f"success on {config.post_task}, one dot a seed")
+    plt.tight_layout()
+    plt.savefig(f"{together}-seeds.png", dpi=110)
+    values = [result["internal_success"] for result in results.values()]
+    hits = sum(value >= SOLVED for value in values)
+    low, high = binomial_interval(hits, len(values))
+    print(f"\ninternal RL reaches {SOLVED} on {hits} of {len(values)} seeds (exact 95% interval {low:.3f} to "
+          f"{high:.3f}); median {np.median(values):.3f}, worst {min(values):.3f}")
 
 
 def parse_arguments(arguments):
@@ -1416,8 +1446,9 @@ def parse_arguments(arguments):
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
                         help="named settings: tiny (a minute), quick (default), paper (a large GPU, days)")
     parser.add_argument("--stage", default="all",
-                        choices="all pretrain probe steer discover rl controls bench".split(),
-                        help="what to run, after what it builds on; controls: rivals; bench: speed")
+                        choices="all pretrain probe steer discover rl controls table bench".split(),
+                        help="what to run, after what it builds on; controls: rivals; table: only compare "
+                             "seeds that are finished; bench: speed")
     parser.add_argument("--seeds", metavar="0,1,2", help="several seeds one after another (overrides --seed)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where")
     parser.add_argument("--out", metavar="FOLDER", help="run folder (runs/TASK-PRESET-sSEED); with --seeds, "
@@ -1470,12 +1501,17 @@ def main(arguments=None):
     if options.stage == "bench":
         return bench(runs[0])
     for run in runs:  # refuse before anything is written
+        if options.stage == "table" and not (run.folder / "result.json").is_file():
+            refuse(f"--stage table: there is no {run.folder / 'result.json'}")
         if run.folder.is_file():
             refuse(f"--out {run.folder} is a file")
         for stage in STAGES:
             run.load(stage)
 
     for run in runs:
+        if options.stage == "table":
+            results[run.config.seed] = json.loads((run.folder / "result.json").read_text())
+            continue
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
               f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -1501,6 +1537,8 @@ def main(arguments=None):
         print_table(config, results)
     if len(results) > 1:
         Path(f"{together}-results.json").write_text(json.dumps(results, indent=1) + "\n")
+        if options.stage in ("all", "table"):
+            compare_seeds(config, results, together)
         print(f"\nwritten to {together}-results.json")
 
 
