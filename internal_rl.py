@@ -625,7 +625,7 @@ def discover(run, base):
     optimizer = torch.optim.AdamW(metas.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     count = (K - 1) * half + config.discover_steps
-    for step in run.steps("discover", count, generator, optimizer, reports=2 * K + 2, metas=metas):
+    for step in run.steps("discover", count, generator, optimizer, reports=K + 1, metas=metas):
         turn = min(step.number // half, K)
         k = turn if turn < K else best()
         meta, number = metas[k], step.number - min(turn, K - 1) * half  # number: of its own steps

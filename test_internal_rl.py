@@ -601,6 +601,26 @@ def test_renewal_trains_a_new_hypernetwork_and_nothing_else(base, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in untouched.items())
 
 
+def test_the_candidate_with_the_lowest_nll_goes_on(base, tmp_path, monkeypatch):
+    config = replace(CONFIG, candidates=3, discover_steps=64, renew_steps=0, discover_batch=8)
+    run, loss, trained, losses = rl.Run(config, tmp_path, torch.device("cpu")), rl.discovery_loss, [], []
+
+    def spy(config, base, meta, *rest):
+        trained.append(meta)
+        out = loss(config, base, meta, *rest)
+        losses.append(out[1].item())
+        return out
+
+    monkeypatch.setattr(rl, "discovery_loss", spy)
+    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
+    chosen = rl.discover(run, base.requires_grad_(False))
+    first = trained[:96:32]
+    assert len(set(first)) == 3 and trained == [meta for meta in [*first, chosen] for _ in range(32)]
+    weights = 0.01 * 0.99 ** torch.arange(31, -1, -1)
+    score = torch.tensor(losses[:96]).view(3, 32) @ weights
+    assert chosen is first[score.argmin()] and torch.allclose(torch.stack([meta.nll for meta in first]), score, atol=1e-5)
+
+
 def test_kl_against_torch():
     mu, log_sigma = torch.randn(4, 8), torch.randn(4, 8)
     normal = torch.distributions.Normal
@@ -1397,6 +1417,39 @@ def test_refused_inputs(arguments, word, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and word in error and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_binomial_interval_against_published_values():
+    for hits, n, low, high in ((0, 10, 0, 0.3085), (9, 10, 0.5550, 0.9975), (10, 10, 0.6915, 1), (5, 10, 0.1871, 0.8129)):
+        assert np.allclose(rl.binomial_interval(hits, n), (low, high), atol=2e-4)
+
+
+def test_table_command(tmp_path):
+    values = {3: 0.59, 4: 0.61, 5: 0.9}
+    for seed, value in values.items():
+        (tmp_path / f"some-s{seed}").mkdir()
+        result = dict(internal_success=value, raw_success=0.0, base_success=0.0, steer_success=0.8, gate_precision=float("nan"))
+        (tmp_path / f"some-s{seed}/result.json").write_text(json.dumps(result))
+    done = command("--stage", "table", "--seeds", "3,4,5", "--out", tmp_path / "some")
+    assert done.returncode == 0, done.stderr
+    low, high = rl.binomial_interval(2, 3)
+    assert f"reaches 0.6 on 2 of 3 seeds (exact 95% interval {low:.3f} to {high:.3f}); median 0.610, worst 0.590" in done.stdout
+    assert (tmp_path / "some-seeds.png").stat().st_size > 5000 and "gate precision" not in done.stdout
+    assert json.loads((tmp_path / "some-results.json").read_text())["5"]["internal_success"] == 0.9
+    refused = command("--stage", "table", "--seeds", "3,6", "--out", tmp_path / "some")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "some-s6/result.json" in refused.stderr
+
+
+def test_controls_command(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "CONTROLS", {"tokens": dict(temperature=3.0), "forced": dict(forced=True), "bias": dict(bias=True)})
+    shutil.copytree(finished[1], tmp_path / "run")
+    rl.main([*map(str, SMALL), "--stage", "controls", "--out", str(tmp_path / "run")])
+    success = json.loads((tmp_path / "run/controls.json").read_text())
+    assert list(success) == ["tokens", "forced", "bias", "internal RL", "its codes, each in another game", "codes from N(0, I)",
+                             "the code 0"]
+    assert all(0 <= value <= 1 for value in success.values()) and (tmp_path / "run/controls.png").stat().st_size > 5000
+    result = json.loads((finished[1] / "result.json").read_text())
+    assert success["internal RL"] == result["internal_success"]
 
 
 def test_bench_command(tmp_path):
