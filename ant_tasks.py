@@ -441,8 +441,8 @@ PRESETS = {
         ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
         layers=8, heads=8, pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, cosine=False, probe_steps=8000,
         probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, control_layer=0, candidates=1, discover_steps=32_000,
-        discover_batch=128, discover_lr=3e-4, mirror=False, read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0, renew_steps=0,
-        rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
+        discover_batch=128, discover_lr=3e-4, hyper_lr=3e-4, mirror=False, read_embedding=False, alpha=0.1, rate=0.0,
+        n_z=8, code_std=0.0, renew_steps=0, rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
 }
 SYMMETRIES = 32  # images of a world, see `mirror`
 RAW = "raw-action"  # what RL on the model's own actions is called

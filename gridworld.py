@@ -347,9 +347,9 @@ PRESETS = {
         size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
         view="absolute", width=256, layers=6, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
         next_obs=0.01, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3,
-        control_layer=0, candidates=1, discover_steps=64_000, discover_batch=512, discover_lr=1e-3, mirror=False,
-        read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0, renew_steps=0, rl_episodes=102_400_000, rl_lr=3e-5,
-        raw_lr=3e-5, std_end=1.0),
+        control_layer=0, candidates=1, discover_steps=64_000, discover_batch=512, discover_lr=1e-3, hyper_lr=1e-3,
+        mirror=False, read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0, renew_steps=0,
+        rl_episodes=102_400_000, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
 }
 SYMMETRIES = 8  # images of a world, see `mirror`
 RAW = "token-level"  # what RL on the model's own actions is called

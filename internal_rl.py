@@ -100,16 +100,16 @@ class Settings:
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3", "rl raw", "post-training task, of withheld transitions only")
-    discover_steps: int = setting(2600, "discover", "metacontroller: training steps", 2, 10 ** 8)
-    candidates: int = setting(5, "discover", "metacontrollers that start; half-way the best goes on", 1, 100)
+    discover_steps: int = setting(3900, "discover", "metacontroller: training steps", 3, 10 ** 8)
+    candidates: int = setting(5, "discover", "that start; after a third of the steps one goes on", 1, 100)
     discover_batch: int = setting(64, "probe steer discover", "stages 2-4: trajectories a step", 1, 10 ** 5)
-    discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate", 1e-12, 1e6)
+    discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate, f_hyp apart", 1e-12, 1e6)
+    hyper_lr: float = setting(1e-2, "discover", "learning rate of f_hyp", 1e-12, 1e6)
     alpha: float = setting(0.01, "discover", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "discover", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "discover", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "discover", "σ of all codes, then of one length; 0: learned", 0, 0.99)
     renew_steps: int = setting(1400, "renew", "then only f_hyp is trained, from nothing; 0: not", 0, 10 ** 8)
-    renew_lr: float = setting(1e-2, "renew", "that part's learning rate", 1e-12, 1e6)
     mirror: bool = setting(True, "discover", "decode each code in a randomly mirrored copy of its world")
     read_embedding: bool = setting(True, "discover", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     swap: bool = setting(False, "discover", "take the summary of another trajectory with the same visits")
@@ -140,12 +140,13 @@ ROUND = 16  # steps of supervised training between two moments at which a run ma
 
 
 def descend(loss, optimizer, lr):
-    """One optimizer step at learning rate lr; a gradient whose norm is above 1 is scaled down to it."""
-    (group,) = optimizer.param_groups
-    group["lr"] = lr
+    """One step at learning rate lr, times a group's `pace`; a gradient of norm above 1 is scaled."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("pace", 1)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(group["params"], 1.0)  # differs from the paper, which mentions no clipping.
+    nn.utils.clip_grad_norm_(parameters, 1.0)  # differs from the paper, which mentions no clipping.
     optimizer.step()
 
 
@@ -490,9 +491,10 @@ class Hypernetwork(nn.Module):
         super().__init__()
         shape = J + 1, config.rank or config.width, config.width
         self.bias, self.units = config.bias, nn.Sequential(nn.Linear(config.n_z, J), nn.ReLU())
-        # `write` starts away from 0, unlike LabelledControllers.b: else no gradient reaches encoder and gate.
         self.read = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(J))
-        self.write = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(J))
+        # differs from the paper: B starts small, because codes that mean nothing yet disturb the base model;
+        # not at 0, as LabelledControllers.b does: no gradient would reach encoder and gate.
+        self.write = nn.Parameter(torch.empty(shape).uniform_(-0.2, 0.2) / math.sqrt(J))
         with torch.no_grad():
             self.read[-1].normal_()  # A reads e at unit scale whatever z is, so that B(z) can learn at once
 
@@ -525,7 +527,7 @@ class Metacontroller(nn.Module):
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # s starts with a long memory
         self.code_std, self.forced = config.code_std, config.forced
         self.register_buffer("alpha", torch.tensor(config.alpha))
-        self.register_buffer("nll", torch.zeros(()))  # of the last hundred steps, on average; of a candidate
+        self.register_buffer("nll", torch.zeros(()))  # a candidate's, averaged over recent steps
 
     def propose(self, e, length, partner=None):
         """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ
@@ -571,7 +573,7 @@ class Metacontroller(nn.Module):
 
 def meta_input(config, base, observation):
     """Read by the metacontroller: observation [B, T, D] → e_{t,l} (read_embedding: e_{t,0}) [B, T, C]"""
-    # differs from the paper (ant): e_{t,0}, where colours visited are easier to read than distances.
+    # differs from the paper: e_{t,0}, where the gate sees its cell, and distances are harder to read.
     return base.embed(observation) if config.read_embedding else base.lower(observation)
 
 
@@ -614,25 +616,30 @@ def hold_rate(alpha, kl, rate):
 
 def discover(run, base):
     """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
-    # differs from the paper: K candidates train for half of the steps, and the one with the lowest nll goes on.
-    # From some initial weights, codes say how far away the goal is; these explain less at the same rate.
+    # differs from the paper: candidates train for a third of the steps; the one with the lowest nll goes on.
+    # From some initial weights codes never come into use, or say how far away the goal is: both explain less.
     config, generator = run.config, run.generator("discover")
-    K, half = config.candidates, config.discover_steps // 2
+    count, third = config.candidates, config.discover_steps // 3
     torch.manual_seed(config.seed)
-    metas = nn.ModuleList(Metacontroller(config) for _ in range(K)).to(run.device)
-    best = lambda: min(range(K), key=lambda k: metas[k].nll.item())
+    metas = nn.ModuleList(Metacontroller(config) for _ in range(count)).to(run.device)
+    best = lambda: min(range(count), key=lambda k: metas[k].nll.item())
     print(f"discover: {sum(p.numel() for p in metas[0].parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(metas.parameters(), weight_decay=config.control_decay)
+    # differs from the paper: f_hyp learns faster than encoder and gates, so that it finds the map to a goal
+    # before the encoder settles for what is easier to use, the distance to it.
+    fast = [p for meta in metas for p in meta.hyper.parameters()]
+    rest = [p for name, p in metas.named_parameters() if ".hyper." not in name]
+    groups = [dict(params=fast, pace=config.hyper_lr / config.discover_lr), dict(params=rest)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    count = (K - 1) * half + config.discover_steps
-    for step in run.steps("discover", count, generator, optimizer, reports=K + 1, metas=metas):
-        turn = min(step.number // half, K)
-        k = turn if turn < K else best()
-        meta, number = metas[k], step.number - min(turn, K - 1) * half  # number: of its own steps
+    steps = (count - 1) * third + config.discover_steps
+    for step in run.steps("discover", steps, generator, optimizer, reports=count + 1, metas=metas):
+        turn = min(step.number // third, count)
+        k = turn if turn < count else best()
+        meta, number = metas[k], step.number - min(turn, count - 1) * third  # number: of its own steps
         worlds = two_worlds(config, base, data.batch(min(1, number / config.discover_steps)), generator)
         loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, generator)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, number, config.discover_steps))
-        if turn < K:
+        if turn < count:
             meta.nll.lerp_(nll.detach(), 0.01)
         if config.rate > 0:
             hold_rate(meta.alpha, kl, config.rate)
@@ -646,8 +653,8 @@ def discover(run, base):
 def renew(run, base, meta):
     """Stage 4, second part: f_hyp is learned anew, while codes and gates stay as they are."""
     # differs from the paper: the first f_hyp learned while codes said little and were blurred by noise, so it
-    # leans on what the base model believes. The new one learns as LabelledControllers do, but from codes whose
-    # noise fades out: at first it learns what all codes near a goal's do, in the end what that goal's does.
+    # leans on what the base model believes. The new one learns as LabelledControllers do, from codes whose
+    # noise starts at σ, so that nearby codes share a map, and falls to 0, so that in the end each has its own.
     config, generator = run.config, run.generator("renew")
     if config.renew_steps > 0:
         torch.manual_seed(config.seed)
@@ -657,7 +664,7 @@ def renew(run, base, meta):
         for step in run.steps("renew", config.renew_steps, generator, optimizer, reports=3, hyper=meta.hyper):
             worlds = two_worlds(config, base, data.batch(1.0), generator)
             _, nll, _, _ = discovery_loss(config, base, meta, worlds, generator, blur=1 - step.progress)
-            descend(nll, optimizer, learning_rate(config, config.renew_lr, step.number, step.count))
+            descend(nll, optimizer, learning_rate(config, config.hyper_lr, step.number, step.count))
             step.log(loss=nll, nll=nll)
             if step.due:
                 step.log(**inspect_codes(run, base, meta)[0])
@@ -782,7 +789,7 @@ def internal_rl(run, base, meta):
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
-        # differs from the paper: the policy's std falls along a line, from the prior's 1, instead of being learned.
+        # differs from the paper: the policy's std falls along a line from the prior's 1; in E.2 it is fixed.
         std, loss = config.std_start + (config.std_end - config.std_start) * step.progress, 0.0
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)

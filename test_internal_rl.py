@@ -601,8 +601,24 @@ def test_renewal_trains_a_new_hypernetwork_and_nothing_else(base, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in untouched.items())
 
 
+def test_the_hypernetwork_learns_at_its_own_pace(base, tmp_path, monkeypatch):
+    config, rates = replace(CONFIG, candidates=2, discover_steps=48, renew_steps=0, discover_batch=8, hyper_lr=1e-2), {}
+    descend = rl.descend
+
+    def spy(loss, optimizer, lr):
+        descend(loss, optimizer, lr)
+        rates.update({p: group["lr"] / lr for group in optimizer.param_groups for p in group["params"]})
+
+    monkeypatch.setattr(rl, "descend", spy)
+    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
+    meta = rl.discover(rl.Run(config, tmp_path, torch.device("cpu")), base.requires_grad_(False))
+    assert len(rates) == 2 * len(list(meta.parameters()))
+    for name, p in meta.named_parameters():
+        assert rates[p] == pytest.approx(1e-2 / config.discover_lr if name.startswith("hyper.") else 1), name
+
+
 def test_the_candidate_with_the_lowest_nll_goes_on(base, tmp_path, monkeypatch):
-    config = replace(CONFIG, candidates=3, discover_steps=64, renew_steps=0, discover_batch=8)
+    config = replace(CONFIG, candidates=3, discover_steps=96, renew_steps=0, discover_batch=8)
     run, loss, trained, losses = rl.Run(config, tmp_path, torch.device("cpu")), rl.discovery_loss, [], []
 
     def spy(config, base, meta, *rest):
@@ -615,7 +631,7 @@ def test_the_candidate_with_the_lowest_nll_goes_on(base, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
     chosen = rl.discover(run, base.requires_grad_(False))
     first = trained[:96:32]
-    assert len(set(first)) == 3 and trained == [meta for meta in [*first, chosen] for _ in range(32)]
+    assert len(set(first)) == 3 and trained == [meta for meta in [*first, chosen, chosen] for _ in range(32)]
     weights = 0.01 * 0.99 ** torch.arange(31, -1, -1)
     score = torch.tensor(losses[:96]).view(3, 32) @ weights
     assert chosen is first[score.argmin()] and torch.allclose(torch.stack([meta.nll for meta in first]), score, atol=1e-5)
