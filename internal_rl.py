@@ -632,7 +632,7 @@ def discover(run, base):
     optimizer = torch.optim.AdamW(groups, weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     steps = (count - 1) * third + config.discover_steps
-    for step in run.steps("discover", steps, generator, optimizer, reports=count + 1, metas=metas):
+    for step in run.steps("discover", steps, generator, optimizer, reports=count + 2, metas=metas):
         turn = min(step.number // third, count)
         k = turn if turn < count else best()
         meta, number = metas[k], step.number - min(turn, count - 1) * third  # number: of its own steps
@@ -1308,8 +1308,9 @@ def with_policy(run, meta, policy, batch):
 
 
 CONTROLS = {  # what a sceptic would try instead → the settings that do it
-    **{f"tokens, temperature {t}": dict(temperature=float(t)) for t in (1, 2, 3, 5)},
-    **{f"tokens, random weights, rate {lr:.0e}": dict(scratch=True, raw_lr=lr) for lr in (1e-4, 3e-4, 1e-3)},
+    **{f"tokens, temperature {t}, rate {lr:g}": dict(temperature=float(t), raw_lr=lr)
+       for t in (1, 2, 3, 5) for lr in (1e-4, 1e-3)},
+    **{f"tokens, random weights, rate {lr:g}": dict(scratch=True, raw_lr=lr) for lr in (1e-4, 3e-4, 1e-3)},
     "a new code at every step": dict(forced=True), "e + b(z), not e + U(z) e": dict(bias=True)}
 
 
