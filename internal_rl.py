@@ -654,7 +654,7 @@ def renew(run, base, meta):
     """Stage 4, second part: f_hyp is learned anew, while codes and gates stay as they are."""
     # differs from the paper: the first f_hyp learned while codes said little and were blurred by noise, so it
     # leans on what the base model believes. The new one learns as LabelledControllers do, from codes whose
-    # noise starts at σ, so that nearby codes share a map, and falls to 0, so that in the end each has its own.
+    # noise starts at σ, so that nearby codes share a map, and falls to 0, so that each gets its own in the end.
     config, generator = run.config, run.generator("renew")
     if config.renew_steps > 0:
         torch.manual_seed(config.seed)
@@ -1160,6 +1160,8 @@ def figures(run, base, meta, policy, accuracy, result):
         success = np.array([line["success"] for line in lines])
         axes[0].plot(episodes, success, color=colour, label=f"{name} RL")
         axes[1].semilogy(episodes, success.clip(min=0.5 / config.rl_batch), color=colour)
+    for axis in axes:
+        axis.axhline(result["steer_success"], ls="--", color="gray", label="labelled controllers")
     axes[0].set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
     axes[1].set(xlabel="thousand episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
     axes[0].legend()
@@ -1341,6 +1343,8 @@ def controls(run):
         choose = lambda e, games: change(actor(e, games))
         intervention = CodeIntervention(config, meta, choose, config.evaluation)
         success[name] = solved(run, base, lambda game: intervention).mean().item()
+    labels = solved(run, base, with_labels(config, steer(run, base))).mean().item()
+    success["labelled controllers"] = labels
     for name, value in success.items():
         print(f"{name:40}{value:8.4f}")
     (run.folder / "controls.json").write_text(json.dumps(success, indent=1) + "\n")
@@ -1350,6 +1354,7 @@ def controls(run):
         lines = [line for line in lines if line["stage"] in ("rl", "raw")]
         points = [(line["episodes"] / 1000, line["success"]) for line in lines]
         axis.plot(*zip(*points), label=name)
+    axis.axhline(labels, ls="--", color="gray", label="labelled controllers")
     axis.set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
     axis.legend(fontsize=8)
     plt.tight_layout()
