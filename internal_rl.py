@@ -99,7 +99,7 @@ class Settings:
     control_decay: float = setting(0.03, "steer discover", "(meta)controllers: AdamW weight decay", 0, 100)
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
-    post_task: str = setting("0-1-2-3", "rl raw", "post-training task, of withheld transitions only")
+    post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     discover_steps: int = setting(3900, "discover", "metacontroller: training steps", 3, 10 ** 8)
     candidates: int = setting(5, "discover", "that start; after a third of the steps one goes on", 1, 100)
     discover_batch: int = setting(64, "probe steer discover", "stages 2-4: trajectories a step", 1, 10 ** 5)
@@ -1083,14 +1083,16 @@ def composition(run, base, control):
     return matrix
 
 
-def composition_scores(matrix):
+def composition_scores(config, matrix):
     """Means over the transitions that the data shows and over those it withholds, from a to a + 1 modulo K:
-    there, control must overrule the base model. `product`: of the cells along 0-1-2-3, about what a policy
-    with one code a subgoal can reach, if gates open where they should."""
+    there, control must overrule the base model. `product`: of the cells along the post-training task, about
+    what a policy with one code a subgoal can reach, if gates open where they should."""
+    size = gridworld.SUBGOAL_SIZE[config.subgoals]
+    order = [colour // size for colour in post_task(config)[::size]]
+    product = matrix[0, order[0]] * math.prod(matrix[a + 1, b] for a, b in zip(order, order[1:]))
     withheld = matrix[1:].roll(-1, 1).diagonal()
     shown = torch.cat([matrix[1:].roll(-k, 1).diagonal() for k in range(2, len(withheld))])
-    return {"shown": shown.nanmean().item(), "withheld": withheld.nanmean().item(),
-            "product": (matrix[0, 0] * withheld[:-1].prod()).item()}
+    return {"shown": shown.nanmean().item(), "withheld": withheld.nanmean().item(), "product": product.item()}
 
 
 @torch.no_grad()
@@ -1106,7 +1108,7 @@ def inspect_codes(run, base, meta):
     codes = one_code_each(run, base, meta)
     matrix = composition(run, base, lambda e, subgoal: meta.hyper(e, codes[subgoal]))
     return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
-            **held_share(run, base, meta), **composition_scores(matrix)}, matrix
+            **held_share(run, base, meta), **composition_scores(config, matrix)}, matrix
 
 # ============================================================================================== Figures
 
@@ -1272,7 +1274,7 @@ TABLE = {  # name in result.json → what it is
     "held_share": "one held random code reaches the same colour (chance 1/O)",
     "shown": "one code a subgoal: b next after a, transitions of the data",
     "withheld": "one code a subgoal: b next after a, withheld transitions",
-    "product": "first visit of 0, then 1, 2, 3: product of these cells",
+    "product": "one code a subgoal: product of the cells along {post_task}",
     "internal_success": "internal RL, success on held-out layouts",
     "switches_solved": "codes chosen in an episode that it solves",
     "raw_success": "RL on the model's own actions, success on held-out layouts",
@@ -1381,7 +1383,8 @@ def run_stages(run, wanted):
         controllers = steer(run, base)
         result["steer_success"] = solved(run, base, with_labels(config, controllers)).mean().item()
         matrix = composition(run, base, controllers)
-        result.update(matrix_labels=listed(matrix), labels_withheld=composition_scores(matrix)["withheld"])
+        result.update(matrix_labels=listed(matrix),
+                      labels_withheld=composition_scores(config, matrix)["withheld"])
         result["base_success"] = solved(run, base).mean().item()
         print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)

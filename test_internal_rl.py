@@ -782,11 +782,15 @@ def test_composition_counts_what_follows(base, tmp_path, monkeypatch):
     assert all(matrix[a + 1, b] == (b != (a + 1) % 4) for a in range(4) for b in range(4) if a != b)
 
 
-def test_composition_scores_by_hand():
+@pytest.mark.parametrize("task, product", [("0-1-2-3", 0.9 * 0.5 * 0.6 * 0.7), ("1-2-0-1", 0.1 * 0.6 * 0.4 * 0.5)])
+def test_composition_scores_by_hand(task, product):
     nan = math.nan
     matrix = torch.tensor([[0.9, 0.1, 0.2, 0.3], [nan, 0.5, 1, 1], [1, nan, 0.6, 0.8], [0.4, 1, nan, 0.7], [0.1, 1, 0.6, nan]])
-    assert rl.composition_scores(matrix) == pytest.approx(
-        {"shown": (1 + 1 + 1 + 0.8 + 0.4 + 1 + 1 + 0.6) / 8, "withheld": (0.5 + 0.6 + 0.7 + 0.1) / 4, "product": 0.9 * 0.5 * 0.6 * 0.7})
+    scores = {"shown": (1 + 1 + 1 + 0.8 + 0.4 + 1 + 1 + 0.6) / 8, "withheld": (0.5 + 0.6 + 0.7 + 0.1) / 4, "product": product}
+    assert rl.composition_scores(rl.configure("gridworld", "quick", post_task=task), matrix) == pytest.approx(scores)
+    pairs = "-".join(f"{2 * int(goal)}-{2 * int(goal) + 1}" for goal in task.split("-"))
+    config = rl.configure("gridworld", "quick", colours=8, subgoals="pairs", post_task=pairs)
+    assert rl.composition_scores(config, matrix) == pytest.approx(scores)
 
 
 def test_one_code_each_finds_what_reaches_a_colour(base, meta, tmp_path, monkeypatch):
