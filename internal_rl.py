@@ -11,7 +11,7 @@ Contents
     3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
     4  discover        without labels, a metacontroller learns to emit such maps, to hold and to switch them
     5  internal RL     a small policy learns from one reward per episode which codes to emit
-       the baseline    token-level RL on the same model, with as many episodes, saw no reward in our runs
+       the baseline    token-level RL on the same model: the same update, as many episodes
     ── nothing below is needed to understand the method ──
     Checkpoints · Looking inside · Figures · Benchmark · Command line
 
@@ -26,6 +26,7 @@ One forward pass
 
 Glossary (code name: paper symbol, where)
   e            residual stream e_{t,l} after block l, L/2 or as set      Base.lower, Base.upper    Sec. 1
+               (h, s and β read the embedding e_{t,0} unless --no-read-embedding)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
   h            causal history h_t                                        Metacontroller.history    Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
@@ -101,7 +102,7 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     discover_steps: int = setting(3900, "discover", "metacontroller: training steps", 3, 10 ** 8)
-    candidates: int = setting(5, "discover", "that start; after a third of the steps one goes on", 1, 100)
+    candidates: int = setting(5, "discover", "train for a third of the steps; the best goes on", 1, 100)
     discover_batch: int = setting(64, "probe steer discover", "stages 2-4: trajectories a step", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate, f_hyp apart", 1e-12, 1e6)
     hyper_lr: float = setting(1e-2, "discover", "learning rate of f_hyp", 1e-12, 1e6)
@@ -140,7 +141,7 @@ ROUND = 16  # steps of supervised training between two moments at which a run ma
 
 
 def descend(loss, optimizer, lr):
-    """One step at learning rate lr, times a group's `pace`; a gradient of norm above 1 is scaled."""
+    """One step at learning rate lr, times a group's `pace`; a gradient of norm above 1 is scaled to 1."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("pace", 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,7 +152,7 @@ def descend(loss, optimizer, lr):
 
 
 def learning_rate(config, peak, number, count):
-    """Of step `number` of `count`: 200 steps of warm-up (a tenth of a short stage), then a cosine to 2% of peak."""
+    """Of step `number` of `count`: warm-up (200 steps, or a tenth), then a cosine to 2% of the peak."""
     # differs from the paper: larger rates that decay (--no-cosine: constant), because there are fewer steps.
     if not config.cosine:
         return peak
@@ -364,7 +365,7 @@ def train_probe(run, base):
 
 # ==================================================================================== Chapter 3 · steer
 # You should see success on the post-training task, whose transitions the data never shows: 0 for the model
-# alone, about 0.7 when the linear map of the right subgoal is added.
+# alone, about 0.85 when the linear map of the right subgoal is added.
 
 def linear_control(e, w, a, b):
     """ê = e + U e  (Eq. 1, 11, 18), where U = BᵀA/√C with A = Σ_m w_m A_m and B = Σ_m w_m B_m: e [..., C],
@@ -523,8 +524,10 @@ class Metacontroller(nn.Module):
         self.hyper = Hypernetwork(config)
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
-            self.switch_out.bias.fill_(-2)  # gates start almost shut: codes that are held had better be goals
-            self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # s starts with a long memory
+            # differs from the paper: gates start almost shut, which favours codes worth holding; s has a long
+            # memory from the start.
+            self.switch_out.bias.fill_(-2)
+            self.summary.bias_ih_l0[N_S:2 * N_S] += 2
         self.code_std, self.forced = config.code_std, config.forced
         self.register_buffer("alpha", torch.tensor(config.alpha))
         self.register_buffer("nll", torch.zeros(()))  # a candidate's, averaged over recent steps
@@ -619,10 +622,10 @@ def discover(run, base):
     # differs from the paper: candidates train for a third of the steps; the one with the lowest nll goes on.
     # From some initial weights codes never come into use, or say how far away the goal is: both explain less.
     config, generator = run.config, run.generator("discover")
-    count, third = config.candidates, config.discover_steps // 3
+    candidates, third = config.candidates, config.discover_steps // 3
     torch.manual_seed(config.seed)
-    metas = nn.ModuleList(Metacontroller(config) for _ in range(count)).to(run.device)
-    best = lambda: min(range(count), key=lambda k: metas[k].nll.item())
+    metas = nn.ModuleList(Metacontroller(config) for _ in range(candidates)).to(run.device)
+    best = lambda: min(range(candidates), key=lambda k: metas[k].nll.item())
     print(f"discover: {sum(p.numel() for p in metas[0].parameters()):,} parameters", flush=True)
     # differs from the paper: f_hyp learns faster than encoder and gates, so that it finds the map to a goal
     # before the encoder settles for what is easier to use, the distance to it.
@@ -631,15 +634,15 @@ def discover(run, base):
     groups = [dict(params=fast, pace=config.hyper_lr / config.discover_lr), dict(params=rest)]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    steps = (count - 1) * third + config.discover_steps
-    for step in run.steps("discover", steps, generator, optimizer, reports=count + 2, metas=metas):
-        turn = min(step.number // third, count)
-        k = turn if turn < count else best()
-        meta, number = metas[k], step.number - min(turn, count - 1) * third  # number: of its own steps
+    steps = (candidates - 1) * third + config.discover_steps
+    for step in run.steps("discover", steps, generator, optimizer, reports=candidates + 2, metas=metas):
+        turn = min(step.number // third, candidates)
+        k = turn if turn < candidates else best()
+        meta, number = metas[k], step.number - min(turn, candidates - 1) * third  # number: of its own steps
         worlds = two_worlds(config, base, data.batch(min(1, number / config.discover_steps)), generator)
         loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, generator)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, number, config.discover_steps))
-        if turn < count:
+        if turn < candidates:
             meta.nll.lerp_(nll.detach(), 0.01)
         if config.rate > 0:
             hold_rate(meta.alpha, kl, config.rate)
@@ -654,7 +657,7 @@ def renew(run, base, meta):
     """Stage 4, second part: f_hyp is learned anew, while codes and gates stay as they are."""
     # differs from the paper: the first f_hyp learned while codes said little and were blurred by noise, so it
     # leans on what the base model believes. The new one learns as LabelledControllers do, from codes whose
-    # noise starts at σ, so that nearby codes share a map, and falls to 0, so that each gets its own in the end.
+    # noise starts at σ, so that nearby codes share a map, and falls to 0, so that each gets its own at last.
     config, generator = run.config, run.generator("renew")
     if config.renew_steps > 0:
         torch.manual_seed(config.seed)
@@ -671,7 +674,7 @@ def renew(run, base, meta):
     return meta.requires_grad_(False)
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see, on most seeds, `success` leave zero after some ten thousand episodes; the baseline's stays.
+# You should see `success` leave zero after some ten thousand episodes; that of the baseline stays there.
 
 class CodeIntervention:
     """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
