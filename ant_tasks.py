@@ -578,6 +578,11 @@ def action_floor(config, n, generator):
     return ACTION * (math.log(max(config.noise, 1e-3)) + 0.5 * math.log(2 * math.pi * math.e)), None
 
 
+def random_success(config, layouts):
+    """Not known for torques."""
+    return None
+
+
 class Embedding(nn.Module):
     """Observation → e_{t,0}: where things lie, as on the grid, and a linear map of the body; or one of everything."""
 

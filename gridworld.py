@@ -406,6 +406,28 @@ def action_floor(config, n, generator):
                        SUBGOAL_SIZE[config.subgoals])[::2]
 
 
+def random_success(config, layouts):
+    """How often uniformly random moves solve the post-training task, exactly: [B], from the chances p [B, V, G²] to have
+    made v visits and to stand on a cell, step by step."""
+    layouts = Layouts(*(part.cpu() for part in vars(layouts).values()))  # doubles, which not every device has
+    task = torch.tensor(parse_task(config.post_task, config.colours))[:, None]  # [V, 1]
+    game, here = Game(layouts, config.size, task[:, 0], config.max_steps), torch.arange(config.size ** 2)
+    to, colour = game.next_cell.view(len(layouts), -1, 4), game.colour_at.view(len(layouts), 1, -1)
+    moves = 0.25 * (to != here[:, None]).double()  # [B, G², 4]
+    stays = 1 - moves.sum(2)[:, None]  # [B, 1, G²]
+    moves = torch.zeros(*to.shape[:2], len(here), dtype=torch.double).scatter_add_(2, to, moves)  # [B, from, to]
+    p = torch.zeros(len(layouts), len(task), len(here), dtype=torch.double)
+    p[:, 0] = F.one_hot(layouts.agent, len(here))
+    solved = torch.zeros(len(layouts), dtype=torch.double)
+    for _ in range(config.max_steps):
+        arrivals = p @ moves
+        right = arrivals * (colour == task)
+        p = p * stays + arrivals * (colour < 0)  # a wrong colour ends the game
+        p[:, 1:] += right[:, :-1]
+        solved += right[:, -1].sum(1)
+    return solved
+
+
 def places(observation, size):
     """Cells of the objects and of the agent, which is what this world observes: [..., N+1] → [..., N+1]"""
     return observation

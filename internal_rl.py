@@ -1260,11 +1260,12 @@ def bench(run):
 
 SOLVED = 0.6  # a seed counts as solved if internal RL reaches this success
 WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_batch source thinned "
-         "action_floor mirror places picture Embedding Head log_prob sample").split()
+         "action_floor random_success mirror places picture Embedding Head log_prob sample").split()
 TABLE = {  # name in result.json → what it is
     "gap": "base model above the best possible predictor, nats per action",
     "probe_best": "linear probe of the hidden subgoal, best layer",
     "probe_ceiling": "the best possible read-out of it (Bayes posterior)",
+    "random_success": "uniformly random moves on {post_task}, exactly",
     "base_success": "base model alone on {post_task}",
     "steer_success": "labelled controllers on {post_task}",
     "labels_withheld": "labelled controllers: b next after a, withheld transitions",
@@ -1350,8 +1351,11 @@ def controls(run):
         success[name] = solved(run, base, lambda game: intervention).mean().item()
     labels = solved(run, base, with_labels(config, steer(run, base))).mean().item()
     success["labelled controllers"] = labels
+    chance = config.module.random_success(config, run.layouts(config.evaluation))
+    if chance is not None:
+        success["uniformly random moves"] = chance.mean().item()
     for name, value in success.items():
-        print(f"{name:40}{value:8.4f}")
+        print(f"{name:40}{value:12.6f}")
     (run.folder / "controls.json").write_text(json.dumps(success, indent=1) + "\n")
     plt = plotting()
     _, axis = plt.subplots(figsize=(8, 4))
@@ -1389,6 +1393,9 @@ def run_stages(run, wanted):
         result.update(matrix_labels=listed(matrix),
                       labels_withheld=composition_scores(config, matrix)["withheld"])
         result["base_success"] = solved(run, base).mean().item()
+        chance = config.module.random_success(config, run.layouts(config.evaluation))
+        if chance is not None:
+            result["random_success"] = chance.mean().item()
         print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)
     if wanted in ("all", "discover", "rl"):

@@ -782,6 +782,20 @@ def test_composition_counts_what_follows(base, tmp_path, monkeypatch):
     assert all(matrix[a + 1, b] == (b != (a + 1) % 4) for a in range(4) for b in range(4) if a != b)
 
 
+def test_random_success_counts_all_sequences_of_moves():
+    config = rl.configure("gridworld", "quick", size=3, colours=4, max_steps=7, post_task="0-1-2")
+    layouts = gridworld.draw_layouts(40, 3, 4, 1, generator())
+    sequences = torch.cartesian_prod(*[torch.arange(4)] * 7)
+    solved = torch.zeros(40)
+    for moves in sequences.split(1024):
+        game = gridworld.Game(layouts[torch.arange(40).repeat_interleave(len(moves))], 3, [0, 1, 2], 7)
+        for action in moves.repeat(40, 1).T:
+            game.step(action)
+        solved += game.success().view(40, -1).sum(1)
+    assert (solved > 0).sum() > 10 and (solved == 0).any()
+    torch.testing.assert_close(gridworld.random_success(config, layouts), solved.double() / 4 ** 7)
+
+
 @pytest.mark.parametrize("task, product", [("0-1-2-3", 0.9 * 0.5 * 0.6 * 0.7), ("1-2-0-1", 0.1 * 0.6 * 0.4 * 0.5)])
 def test_composition_scores_by_hand(task, product):
     nan = math.nan
@@ -1466,7 +1480,7 @@ def test_controls_command(finished, tmp_path, monkeypatch):
     rl.main([*map(str, SMALL), "--stage", "controls", "--out", str(tmp_path / "run")])
     success = json.loads((tmp_path / "run/controls.json").read_text())
     assert list(success) == ["tokens", "forced", "bias", "internal RL", "its codes, each in another game", "codes from N(0, I)",
-                             "the code 0", "labelled controllers"]
+                             "the code 0", "labelled controllers", "uniformly random moves"]
     assert all(0 <= value <= 1 for value in success.values()) and (tmp_path / "run/controls.png").stat().st_size > 5000
     result = json.loads((finished[1] / "result.json").read_text())
     assert success["internal RL"] == result["internal_success"]
