@@ -435,7 +435,7 @@ PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
         trajectories=64, max_steps=150, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
-        discover_steps=16, renew_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32)},
+        discover_steps=16, renew_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
         ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
@@ -473,7 +473,7 @@ def expert_data(folder, shards, settings, make):
         path = Path(folder) / f"{i:03}.npz"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".part.npz")
+            temporary = path.with_suffix(f".{os.getpid()}.part.npz")
             np.savez(temporary, settings=json.dumps(settings, sort_keys=True), **make(i))
             os.replace(temporary, path)
             print(f"data: {path} written, {i + 1} of {shards}, {time.time() - started:.0f} s", flush=True)

@@ -40,11 +40,15 @@ def pretraining_tasks(kind):
     return (letters[..., None] * size + torch.arange(size)).flatten(1)
 
 
+class Unusable(ValueError):
+    """Settings under which the expert solves nothing."""
+
+
 def parse_task(text, colours):
     """'0-1-2-3' → [0, 1, 2, 3]. Raises ValueError for anything that is not a visitable sequence of known colours."""
     try:
         task = [int(part) for part in text.split("-")]
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"task {text!r} is not a sequence of colours such as '0-1-2-3'") from None
     for colour, following in zip(task, task[1:] + [None]):
         if not 0 <= colour < colours:
@@ -56,11 +60,14 @@ def parse_task(text, colours):
 
 def check_sizes(size, colours, walls, max_steps):
     """Raises ValueError unless `colours` + `walls` + agent fit on the grid."""
+    for name, value in dict(size=size, colours=colours, walls=walls, max_steps=max_steps).items():
+        if not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name} {value!r} is not a whole number")
     if not 2 <= size <= 9:
         raise ValueError(f"size {size} is outside 2 … 9")
     if colours < 1 or walls < 0 or colours + walls + 1 > size * size:
         raise ValueError(f"{colours} colours, {walls} walls and an agent do not fit on {size}×{size} cells")
-    if not max_steps >= 1:  # nan is refused, too
+    if max_steps < 1:
         raise ValueError(f"max_steps {max_steps} is not positive")
 
 # ---------------------------------------------------------------------------------------------------- layouts
@@ -385,6 +392,8 @@ def expert_batch(config, n, generator, noise=0.0, **world):
     """Those of n fresh expert trajectories that are solved: D (noise = config.noise) or D* (noise = 0)."""
     # differs from the paper: only solved episodes are kept. (C.1.1 calls D successful, then says not always.)
     paths = random_tasks(config, n, generator, noise, **world)[-1]
+    if not paths.success.any():
+        raise Unusable(f"the expert solves none of {n} episodes within max_steps {config.max_steps}")
     return paths.pick(paths.success.nonzero()[:, 0]).to(generator.device)
 
 

@@ -46,14 +46,20 @@ import argparse
 import copy
 import functools
 import importlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # while the libraries load
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
 
 import numpy as np
 import torch
@@ -178,6 +184,8 @@ class ExpertData:
         if not self.deal:
             self.pool = self.draw(ROUND * self.batch_size, self.generator)
             rows = self.pool.length.argsort().tensor_split(ROUND)
+            if len(self.pool.length) < ROUND:
+                raise gridworld.Unusable(f"the expert solves too few episodes: {len(self.pool.length)} of a pool")
             order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
             self.deal = [rows[i] for i in order.tolist()]
         batch = self.pool.pick(self.deal.pop(0))
@@ -866,12 +874,33 @@ class Step:
             self.metrics.setdefault(name, []).append(value)
 
 
+def write_file(path, content):
+    """Writes bytes, or anything else as JSON, so that the file is never half-written."""
+    if not isinstance(content, bytes):
+        content = (json.dumps(content, indent=1) + "\n").encode()
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 class Run:
     """One run's folder, device and settings: config.json, metrics.jsonl, a checkpoint a stage, figures."""
-    stop = None  # the number of the signal that asked all runs to stop
+    stop, in_stage = None, False  # the signal that asked all runs to stop; is there something to save first?
 
     def __init__(self, config, folder, device, data="data"):
         self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
+        self.lines, self.fingerprints = {}, {}  # of each stage: its curves; of a finished one: its weights
+        self.made_with = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+    def lock(self):
+        """Keeps other processes out of the folder until this one ends (not on Windows)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.locked = open(self.folder / ".lock", "w")
+        try:
+            fcntl and fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            refuse(f"another process is at work in {self.folder}")
 
     def generator(self, stage):
         """Draws of a stage's training data and noise."""
@@ -881,6 +910,11 @@ class Run:
     def evaluation(self, purpose):
         """A generator that is the same in every run, and that no training uses."""
         return torch.Generator(self.device).manual_seed(EVALUATION_SEEDS[purpose])
+
+    @property
+    def few(self):
+        """In how many layouts is a code tried out?"""
+        return min(self.config.module.LOOK["layouts"], max(1, self.config.evaluation // 32))
 
     def layouts(self, n, purpose="layouts"):
         return draw_layouts(self.config, n, self.evaluation(purpose))
@@ -903,16 +937,18 @@ class Run:
             for name, module in modules.items():
                 module.load_state_dict(saved["modules"][name])
             done, before, lines = saved["steps"] // unit, saved["seconds"], saved["lines"]
+            other = "" if saved["made_with"] == self.made_with else f" (made with {saved['made_with']})"
             if done == rounds:
-                print(f"{stage}: finished before, reused", flush=True)
+                self.log(stage, lines)
+                print(f"{stage}: finished before, reused{other}", flush=True)
                 return
             if saved["device"] != self.device.type:
                 refuse(f"{self.path(stage)} was begun on {saved['device']}: go on there or change --out")
             optimizer.load_state_dict(saved["optimizer"])
             generator.set_state(saved["generator"])
-            print(f"{stage}: resumed after {done * unit} of {rounds * unit} steps", flush=True)
+            print(f"{stage}: resumed after {done * unit} of {rounds * unit} steps{other}", flush=True)
         self.log(stage, lines)  # what was written after the checkpoint will be written again
-        started = last_save = time.time()
+        started, last_save, Run.in_stage = time.time(), time.time(), True
         while done < rounds:
             metrics, last = {}, done + 1 == rounds
             due = last or (done + 1) % max(1, rounds // reports) == 0
@@ -923,7 +959,10 @@ class Run:
             for name, values in metrics.items():
                 averaged = isinstance(values[-1], (float, torch.Tensor))
                 metrics[name] = float(sum(values) / len(values)) if averaged else values[-1]
-                if ("loss" in name or name in ("nll", "kl")) and not math.isfinite(metrics[name]):
+            states = {name: module.state_dict() for name, module in modules.items()}
+            watched = {name: x for name, x in metrics.items() if "loss" in name or name in ("nll", "kl")}
+            for name, x in [*watched.items(), *(pair for state in states.values() for pair in state.items())]:
+                if not torch.as_tensor(x).isfinite().all():
                     kept = self.path(stage) if self.path(stage).exists() else "none yet"
                     print(f"internal_rl.py: {stage}: {name} is not finite at step {done * unit}; "
                           f"last good checkpoint: {kept}", file=sys.stderr)
@@ -935,50 +974,59 @@ class Run:
                 print(f"{stage} {done * unit}/{rounds * unit}", *shown,
                       f"| {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
             if self.stop is not None or last or time.time() - last_save > 60:
-                states = {name: module.state_dict() for name, module in modules.items()}
                 more = {} if last else dict(optimizer=optimizer.state_dict(), generator=generator.get_state())
                 self.save(stage, steps=done * unit, seconds=spent, lines=lines, device=self.device.type,
                           modules=states, **more)
                 last_save = time.time()
-            if self.stop is not None and not last:
+            if self.stop is not None:
                 print(f"\nstopped in {stage} after step {done * unit} of {rounds * unit}; saved "
                       f"{self.path(stage)}. The same command goes on from there.")
                 raise SystemExit(128 + self.stop)
+        Run.in_stage = False
+        self.load(stage)
 
     def path(self, stage):
         return self.folder / f"{stage}.pt"
 
     def save(self, stage, **content):
-        temporary = self.path(stage).with_suffix(".tmp")
-        torch.save({"config": asdict(self.config), **content}, temporary)
-        os.replace(temporary, self.path(stage))
+        file, parents = io.BytesIO(), {name: self.fingerprints.get(name) for name in STAGES[stage]}
+        torch.save(dict(content, stage=stage, config=asdict(self.config), parents=parents,
+                        made_with=self.made_with), file)
+        write_file(self.path(stage), file.getvalue())
 
     def load(self, stage):
-        """The checkpoint of `stage`, or None. Refuses a damaged one and one made with other settings."""
+        """The checkpoint of `stage`, or None. Refuses a damaged one and one of other settings or parents."""
         path = self.path(stage)
         if not path.exists():
             return None
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = saved["config"]
+            file = zipfile.ZipFile(path)
+            saved = None if file.testzip() else torch.load(path, map_location="cpu", weights_only=True)
+            theirs, its_stage = saved["config"], saved["stage"]
         except Exception as error:  # torch raises many kinds for a damaged file
             refuse(f"{path} cannot be read ({type(error).__name__}); delete it to train this stage again")
         for s in fields(self.config):
             its, mine = theirs.get(s.name), getattr(self.config, s.name)
             if s.metadata["stages"] & {stage, *STAGES[stage]} and its != mine:
                 refuse(f"{path} was made with {s.name}={its}, not {mine}; choose another --out or delete it")
+        if its_stage != stage:
+            refuse(f"{path} is a checkpoint of {its_stage}; delete it to train this stage again")
+        for name, its in saved["parents"].items():
+            if self.fingerprints.get(name, its) != its:
+                refuse(f"{path} was made on another {name}.pt; delete it to train this stage again")
+        self.lines[stage] = saved["lines"]
+        if "optimizer" not in saved:  # it is finished
+            self.fingerprints[stage] = [entry.CRC for entry in file.infolist() if "/data/" in entry.filename]
         return saved
 
     def metrics(self):
-        file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [line for stage in STAGES for line in self.lines.get(stage, [])]
 
     def log(self, stage, lines):
-        """Puts the lines of `stage` into metrics.jsonl, in place of what it may have written before."""
-        others = [line for line in self.metrics() if line["stage"] != stage]
-        temporary = self.folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*others, *lines]))
-        os.replace(temporary, self.folder / "metrics.jsonl")
+        """Writes metrics.jsonl, with these lines of `stage`."""
+        self.lines[stage] = lines
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics())
+        write_file(self.folder / "metrics.jsonl", text.encode())
 
 # ======================================================================================= Looking inside
 
@@ -1042,7 +1090,7 @@ def held_codes(run, base, meta, codes, layouts, generator):
 def held_share(run, base, meta):
     """How often does a random code, held, reach its favourite colour first? The favourite is found in half of
     the layouts and scored in the others. Needs no hidden label: visits can be seen."""
-    generator, n = run.evaluation("codes"), run.config.module.LOOK["layouts"]
+    generator, n = run.evaluation("codes"), run.few
     codes = torch.randn(32, run.config.n_z, generator=generator, device=run.device)
     find, score = (held_codes(run, base, meta, codes, run.layouts(n, purpose), generator)
                    for purpose in ("find layouts", "score layouts"))
@@ -1055,7 +1103,7 @@ def one_code_each(run, base, meta):
     """A code per subgoal, found by playing: a cross-entropy search for codes that, held, reach its (first)
     colour first. Needs no hidden label either. → [K, Z]"""
     generator, size = run.evaluation("search"), gridworld.SUBGOAL_SIZE[run.config.subgoals]
-    layouts = run.layouts(run.config.module.LOOK["layouts"], "find layouts")
+    layouts = run.layouts(run.few, "find layouts")
     mean, std = torch.zeros(gridworld.SUBGOALS, 1, run.config.n_z, device=run.device), 1.0
     for _ in range(4):
         noise = torch.randn(len(mean), 32, mean.shape[-1], generator=generator, device=run.device)
@@ -1071,7 +1119,7 @@ def composition(run, base, control):
     """The composition matrix: P(subgoal b is reached next | a just was), each control(e, subgoal) → ê held
     until its subgoal is reached. → [K+1, K]: a row for the start, one for each a (nan at b = a)."""
     config, count, size = run.config, gridworld.SUBGOALS, gridworld.SUBGOAL_SIZE[run.config.subgoals]
-    layouts = run.layouts(3 * config.module.LOOK["layouts"], "score layouts")
+    layouts = run.layouts(3 * run.few, "score layouts")
     pairs = torch.tensor([(a, b) for a in range(count) for b in range(count) if a != b])
     order = pairs.repeat_interleave(len(layouts), 0).to(run.device)  # [K·(K−1)·n, 2]
     tasks = (order.cpu()[..., None] * size + torch.arange(size)).flatten(1).to(layouts.agent.device)
@@ -1174,7 +1222,7 @@ def figures(run, base, meta, policy, accuracy, result):
 
     # What held codes reach
     codes = torch.randn(32, config.n_z, generator=run.evaluation("bar codes"), device=run.device)
-    layouts = run.layouts(2 * module.LOOK["layouts"])
+    layouts = run.layouts(2 * run.few)
     reached = held_codes(run, base, meta, codes, layouts, run.evaluation("bar plays")).cpu() / len(layouts)
     reached = reached[(reached[:, :-1].argmax(1) - reached[:, :-1].max(1).values).argsort()].numpy()
     _, axis = plt.subplots(figsize=(8, 3))
@@ -1331,6 +1379,7 @@ def controls(run):
         folder = run.folder / "".join(c if c.isalnum() else "-" for c in name)
         folder.mkdir(parents=True, exist_ok=True)
         own = Run(replace(config, **changes), folder, run.device, run.data)
+        own.fingerprints["pretrain"] = run.fingerprints["pretrain"]
         if {"forced", "bias"} & changes.keys():
             meta = discover(own, base)
             actor = with_policy(own, meta, internal_rl(own, base, meta), config.evaluation)
@@ -1356,7 +1405,7 @@ def controls(run):
         success["uniformly random moves"] = chance.mean().item()
     for name, value in success.items():
         print(f"{name:40}{value:12.6f}")
-    (run.folder / "controls.json").write_text(json.dumps(success, indent=1) + "\n")
+    write_file(run.folder / "controls.json", success)
     plt = plotting()
     _, axis = plt.subplots(figsize=(8, 4))
     for name, lines in curves.items():
@@ -1496,8 +1545,8 @@ def check(config):
         low, high, value = s.metadata["low"], s.metadata["high"], getattr(config, s.name)
         if low is not None and not low <= value <= high:
             refuse(f"{s.name} {value} is outside {low} … {high}")
-    if config.width % config.heads:
-        refuse(f"width {config.width} is not a multiple of heads {config.heads}")
+    if config.width % config.heads or config.rank > config.width:
+        refuse(f"width {config.width} is not a multiple of heads {config.heads}, or below rank {config.rank}")
     if config.layers % 2 or config.control_layer > config.layers:
         refuse(f"layers {config.layers} is odd, or below control_layer {config.control_layer}")
     try:
@@ -1506,19 +1555,32 @@ def check(config):
         refuse(error)
 
 
+def stop(number, frame):
+    """What SIGINT and SIGTERM do."""
+    if Run.stop is not None or not Run.in_stage:
+        raise SystemExit(128 + number)
+    Run.stop = number
+    print("\nstopping at the end of this round (again: at once)", flush=True)
+
+
 def main(arguments=None):
+    Run.stop, Run.in_stage = None, False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     options, config = parse_arguments(arguments)
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [config.seed]
     except ValueError:
-        refuse(f"--seeds {options.seeds!r} is not a list of whole numbers such as 0,1,2")
+        seeds = []
+    if len(seeds) != len(set(seeds)) or not seeds:
+        refuse(f"--seeds {options.seeds!r} is not a list of different whole numbers such as 0,1,2")
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = max(found, key=found.get) if options.device == "auto" else options.device
     if not found[device]:
         refuse(f"--device {device}: torch finds no such device here")
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    device, runs, results, Run.stop = torch.device(device), [], {}, None
+    device, runs, results = torch.device(device), [], {}
     together = options.out or f"runs/{options.task}-{options.preset}"
     for seed in seeds:
         check(own := replace(config, seed=seed))
@@ -1529,8 +1591,9 @@ def main(arguments=None):
     for run in runs:  # refuse before anything is written
         if options.stage == "table" and not (run.folder / "result.json").is_file():
             refuse(f"--stage table: there is no {run.folder / 'result.json'}")
-        if run.folder.is_file():
-            refuse(f"--out {run.folder} is a file")
+        for flag, folder in (("out", run.folder), ("data", run.data)):
+            if folder.is_file():
+                refuse(f"--{flag} {folder} is a file")
         for stage in STAGES:
             run.load(stage)
 
@@ -1540,33 +1603,27 @@ def main(arguments=None):
             continue
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
               f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
-
-        def stop(number, frame):
-            if Run.stop is not None:
-                raise SystemExit(128 + number)
-            Run.stop = number
-            print("\nstopping at the end of this round (again: at once)", flush=True)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        run.lock()
+        write_file(run.folder / "config.json", asdict(run.config))
         if options.stage == "controls":
             controls(run)
             continue
         results[run.config.seed] = run_stages(run, options.stage)
         if options.stage == "all":
-            (run.folder / "result.json").write_text(json.dumps(results[run.config.seed], indent=1) + "\n")
-        if run.stop is not None:
-            raise SystemExit(128 + run.stop)
+            write_file(run.folder / "result.json", results[run.config.seed])
     if results:
         print_table(config, results)
     if len(results) > 1:
-        Path(f"{together}-results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_file(Path(f"{together}-results.json"), results)
         if options.stage in ("all", "table"):
             compare_seeds(config, results, together)
         print(f"\nwritten to {together}-results.json")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, MemoryError, RuntimeError, gridworld.Unusable) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        refuse(str(error).partition("\n")[0] or type(error).__name__)
