@@ -50,6 +50,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -185,7 +186,7 @@ class ExpertData:
             self.pool = self.draw(ROUND * self.batch_size, self.generator)
             rows = self.pool.length.argsort().tensor_split(ROUND)
             if len(self.pool.length) < ROUND:
-                raise gridworld.Unusable(f"the expert solves too few episodes: {len(self.pool.length)} of a pool")
+                raise gridworld.Unusable(f"the expert solves only {len(self.pool.length)} episodes of a pool")
             order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
             self.deal = [rows[i] for i in order.tolist()]
         batch = self.pool.pick(self.deal.pop(0))
@@ -970,18 +971,20 @@ class Run:
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
-                shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-                print(f"{stage} {done * unit}/{rounds * unit}", *shown,
-                      f"| {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
-            if self.stop is not None or last or time.time() - last_save > 60:
+            stop = self.stop
+            if stop is not None or last or time.time() - last_save > 60:
                 more = {} if last else dict(optimizer=optimizer.state_dict(), generator=generator.get_state())
                 self.save(stage, steps=done * unit, seconds=spent, lines=lines, device=self.device.type,
                           modules=states, **more)
                 last_save = time.time()
-            if self.stop is not None:
+            if due:
+                shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+                print(f"{stage} {done * unit}/{rounds * unit}", *shown,
+                      f"| {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
+            if stop is not None:
                 print(f"\nstopped in {stage} after step {done * unit} of {rounds * unit}; saved "
                       f"{self.path(stage)}. The same command goes on from there.")
-                raise SystemExit(128 + self.stop)
+                raise SystemExit(128 + stop)
         Run.in_stage = False
         self.load(stage)
 
@@ -1004,7 +1007,8 @@ class Run:
             saved = None if file.testzip() else torch.load(path, map_location="cpu", weights_only=True)
             theirs, its_stage = saved["config"], saved["stage"]
         except Exception as error:  # torch raises many kinds for a damaged file
-            refuse(f"{path} cannot be read ({type(error).__name__}); delete it to train this stage again")
+            why = str(error).partition("\n")[0] or type(error).__name__
+            refuse(f"{path} cannot be read ({why}); if it is damaged, delete it to train this stage again")
         for s in fields(self.config):
             its, mine = theirs.get(s.name), getattr(self.config, s.name)
             if s.metadata["stages"] & {stage, *STAGES[stage]} and its != mine:
@@ -1556,11 +1560,10 @@ def check(config):
 
 
 def stop(number, frame):
-    """What SIGINT and SIGTERM do."""
+    """SIGINT and SIGTERM end a stage after its present round; a second one, or between stages: at once."""
     if Run.stop is not None or not Run.in_stage:
         raise SystemExit(128 + number)
     Run.stop = number
-    print("\nstopping at the end of this round (again: at once)", flush=True)
 
 
 def main(arguments=None):
@@ -1589,21 +1592,21 @@ def main(arguments=None):
     if options.stage == "bench":
         return bench(runs[0])
     for run in runs:  # refuse before anything is written
-        if options.stage == "table" and not (run.folder / "result.json").is_file():
-            refuse(f"--stage table: there is no {run.folder / 'result.json'}")
-        for flag, folder in (("out", run.folder), ("data", run.data)):
-            if folder.is_file():
-                refuse(f"--{flag} {folder} is a file")
+        if options.stage == "table":
+            try:
+                results[run.config.seed] = json.loads((run.folder / "result.json").read_text())
+            except ValueError:
+                refuse(f"{run.folder / 'result.json'} is damaged")
+            continue
+        if run.data.is_file():
+            refuse(f"--data {run.data} is a file")
+        run.lock()
         for stage in STAGES:
             run.load(stage)
 
-    for run in runs:
-        if options.stage == "table":
-            results[run.config.seed] = json.loads((run.folder / "result.json").read_text())
-            continue
+    for run in runs if options.stage != "table" else ():
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
               f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
-        run.lock()
         write_file(run.folder / "config.json", asdict(run.config))
         if options.stage == "controls":
             controls(run)
@@ -1624,6 +1627,6 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, MemoryError, RuntimeError, gridworld.Unusable) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         refuse(str(error).partition("\n")[0] or type(error).__name__)
