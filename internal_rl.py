@@ -125,8 +125,8 @@ class Settings:
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy", 1e-12, 1e6)
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
-    std_start: float = setting(1.0, "rl", "policy's standard deviation at first (prior: 1)", 1e-6, 1000)
-    std_end: float = setting(0.25, "rl", "policy's standard deviation at the end", 1e-6, 1000)
+    std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
+    std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
     forced: bool = setting(False, "discover", "control: every gate is open, in stages 4 and 5")
     bias: bool = setting(False, "discover", "control: e + b(z) in place of e + U(z) e")
     temperature: float = setting(1.0, "raw", "control: the baseline starts with logits over this", 0.01, 100)
@@ -721,6 +721,7 @@ class Policy(nn.Module):
         self.mean = nn.Linear(config.width, config.n_z)
         nn.init.normal_(self.mean.weight, std=0.01)
         nn.init.zeros_(self.mean.bias)
+        self.register_buffer("success", torch.zeros(()))  # averaged over recent updates
 
     def forward(self, e, memory=None):
         """e [B, S, C] residuals at the switches → (mean [B, S, Z], memory [1, B, C])"""
@@ -801,11 +802,13 @@ def internal_rl(run, base, meta):
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
-        # differs from the paper: the policy's std falls along a line from the prior's 1; in E.2 it is fixed.
-        std, loss = config.std_start + (config.std_end - config.std_start) * step.progress, 0.0
+        # differs from the paper: the policy's std falls from the prior's 1 as success rises (E.2: fixed), so
+        # that codes stay as varied as the prior's until some of them have earned a reward.
+        std, loss = config.std_start + (config.std_end - config.std_start) * policy.success.item(), 0.0
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)
         success = play(config, base, new_game(config, layouts(), task), generator, intervention).success
+        policy.success.lerp_(success.mean(), 0.1)
         switches, advantage = int(actor.count.max()), advantages(success)
         e, z, old_log_prob = (x[:, :switches] for x in (actor.e, actor.z, actor.log_prob))  # [B, S, …]
         mask = torch.arange(switches, device=e.device) < actor.count[:, None]

@@ -716,6 +716,21 @@ def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(bas
         assert torch.equal(mean[:, 0], mean_later[:, 0])
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_policy_narrows_as_it_succeeds_not_with_time(share, base, meta, tmp_path, monkeypatch):
+    config = replace(CONFIG, rl_episodes=60 * 8, rl_batch=8)
+    run, stds = rl.Run(config, tmp_path, torch.device("cpu")), []
+
+    def play(config, base, game, generator, intervene):
+        stds.append(intervene.choose.std)
+        intervene.choose.count += 1
+        return gridworld.Trajectories(None, None, None, torch.full((8,), share))
+
+    monkeypatch.setattr(rl, "play", play)
+    rl.internal_rl(run, base, meta)
+    assert stds == pytest.approx([1 - 0.75 * share * (1 - 0.9 ** n) for n in range(60)])
+
+
 def test_gaussian_log_prob_against_torch():
     z, mean = torch.randn(4, 8), torch.randn(4, 8)
     assert torch.allclose(rl.gaussian_log_prob(z, mean, 0.3), torch.distributions.Normal(mean, 0.3).log_prob(z).sum(-1), atol=1e-4)
