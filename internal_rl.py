@@ -1393,10 +1393,10 @@ def controls(run):
             success[name] = solved(own, base, lambda game: actor).mean().item()
         else:
             success[name] = solved(own, raw_rl(own, base)).mean().item()
-        curves[name] = own.metrics()
+        curves[name] = [line for line in own.metrics() if "episodes" in line]
     meta = discover(run, base)
     policy, draws = internal_rl(run, base, meta), run.evaluation("bar codes")
-    curves["internal RL"] = run.metrics()
+    curves["internal RL"] = [line for line in run.metrics() if line["stage"] == "rl"]
     shuffled = lambda z: z[torch.randperm(len(z), generator=draws, device=z.device)]
     random = lambda z: torch.randn(z.shape, generator=draws, device=z.device)
     for name, change in {"internal RL": lambda z: z, "its codes, each in another game": shuffled,
@@ -1414,14 +1414,14 @@ def controls(run):
         print(f"{name:40}{value:12.6f}")
     write_file(run.folder / "controls.json", success)
     plt = plotting()
-    _, axis = plt.subplots(figsize=(8, 4))
+    _, axis = plt.subplots(figsize=(9, 4))
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, lines in curves.items():
-        lines = [line for line in lines if line["stage"] in ("rl", "raw")]
-        points = [(line["episodes"] / 1000, line["success"]) for line in lines]
-        axis.plot(*zip(*points), label=name)
+        axis.plot([x["episodes"] / 1000 for x in lines], [x["success"] for x in lines], label=name)
+    axis.lines[-1].set(color="black", lw=2)
     axis.axhline(labels, ls="--", color="gray", label="labelled controllers")
     axis.set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     plt.tight_layout()
     plt.savefig(run.folder / "controls.png", dpi=110)
 
