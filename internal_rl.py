@@ -7,11 +7,11 @@ Contents
     Settings           every dial, its default and its range
     What stages share  one optimizer step, learning rate, batches of expert data
     1  pretrain        a causal model learns to predict the actions of an expert that pursues hidden subgoals
-    2  probe           a linear read-out finds the hidden subgoal in the middle of its residual stream
+    2  probe           a linear read-out finds the hidden subgoal in its residual stream
     3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
     4  discover        without labels, a metacontroller learns to emit such maps, to hold and to switch them
     5  internal RL     a small policy learns from one reward per episode which codes to emit
-       the baseline    token-level RL on the same model: the same update, as many episodes
+       the baseline    token-level RL on the same model: PPO on its own actions, as many episodes
     ── nothing below is needed to understand the method ──
     Checkpoints · Looking inside · Figures · Benchmark · Command line
 
@@ -81,6 +81,7 @@ def setting(default, stages, text, low=None, high=None, choices=None):
 class Settings:
     world: str = setting("gridworld", "pretrain", "the world")
     seed: int = setting(0, "pretrain", "random seed of everything that is trained", 0, 2 ** 40)
+    # differs from the paper: a smaller world, single colours as subgoals, control after the first block.
     size: int = setting(5, "pretrain", "grid size G", 2, 9)
     colours: int = setting(4, "pretrain", "coloured cells O", 1, 10)
     walls: int = setting(1, "pretrain", "wall cells W", 0, 70)
@@ -683,7 +684,7 @@ def renew(run, base, meta):
     return meta.requires_grad_(False)
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see `success` leave zero after some ten thousand episodes; that of the baseline stays there.
+# You should see `success` leave zero after some ten thousand episodes; untuned, the baseline's stays there.
 
 class CodeIntervention:
     """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
