@@ -1359,8 +1359,9 @@ def test_tiny_ant_run_end_to_end(tmp_path):
     assert not (tmp_path / "run/pretrain.pt").exists()
 
 
-def test_resumed_run_equals_uninterrupted(tmp_path):
+def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
+    monkeypatch.setitem(gridworld.LOOK, "trajectories", 64)
     config = rl.configure("gridworld", "tiny", pretrain_steps=48, discover_steps=48, renew_steps=32, rl_episodes=768, probe_steps=32, steer_steps=32,
                           evaluation=32)
 
@@ -1612,7 +1613,7 @@ def left_behind(folder):
 def test_killed_runs_end_like_uninterrupted_ones(world, tmp_path):
     arguments = [sys.executable, HERE / "internal_rl.py", "--task", world, *map(str, SMALL if world == "gridworld" else ("--preset", "tiny"))]
     if world == "ant" and "KILLS" not in os.environ:
-        arguments += ["--stage", "probe"]
+        arguments += ["--stage", "pretrain"]
     started = time.time()
     subprocess.run([*arguments, "--out", tmp_path / "whole", "--data", tmp_path / "whole-data"], check=True, capture_output=True)
     duration, kills, chance = time.time() - started, 0, random.Random(KILLS)
