@@ -1622,7 +1622,7 @@ def test_killed_runs_end_like_uninterrupted_ones(world, tmp_path):
         while kills < KILLS:
             process = subprocess.Popen([*arguments, "--out", tmp_path / "parts", "--data", data], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             try:
-                process.wait(chance.uniform(0, duration / 2))
+                process.wait(chance.uniform(0.5, duration / 2))  # before that Python itself starts
             except subprocess.TimeoutExpired:
                 number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
                 process.send_signal(number)
