@@ -1599,8 +1599,9 @@ def main(arguments=None):
         if options.stage == "table":
             try:
                 results[run.config.seed] = json.loads((run.folder / "result.json").read_text())
-            except ValueError:
-                refuse(f"{run.folder / 'result.json'} is damaged")
+                results[run.config.seed]["internal_success"]
+            except (ValueError, TypeError, KeyError):
+                refuse(f"{run.folder / 'result.json'} is not the result of a whole run")
             continue
         if run.data.is_file():
             refuse(f"--data {run.data} is a file")

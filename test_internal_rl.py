@@ -1490,6 +1490,10 @@ def test_table_command(tmp_path):
     assert json.loads((tmp_path / "some-results.json").read_text())["5"]["internal_success"] == 0.9
     refused = command("--stage", "table", "--seeds", "3,6", "--out", tmp_path / "some")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "some-s6/result.json" in refused.stderr
+    for damaged in ("", "{", "{}", "[]", "1"):
+        (tmp_path / "some-s5/result.json").write_text(damaged)
+        refused = command("--stage", "table", "--seeds", "3,5", "--out", tmp_path / "some")
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "some-s5/result.json is not" in refused.stderr
 
 
 def test_controls_command(finished, tmp_path, monkeypatch):
