@@ -903,7 +903,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.folder / ".lock", "w")
         try:
-            fcntl and fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             refuse(f"another process is at work in {self.folder}")
 
@@ -975,8 +976,8 @@ class Run:
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
-            stop = self.stop
-            if stop is not None or last or time.time() - last_save > 60:
+            signalled = self.stop  # once: it may change at any moment
+            if signalled is not None or last or time.time() - last_save > 60:
                 more = {} if last else dict(optimizer=optimizer.state_dict(), generator=generator.get_state())
                 self.save(stage, steps=done * unit, seconds=spent, lines=lines, device=self.device.type,
                           modules=states, **more)
@@ -985,10 +986,10 @@ class Run:
                 shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
                 print(f"{stage} {done * unit}/{rounds * unit}", *shown,
                       f"| {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
-            if stop is not None:
+            if signalled is not None:
                 print(f"\nstopped in {stage} after step {done * unit} of {rounds * unit}; saved "
                       f"{self.path(stage)}. The same command goes on from there.")
-                raise SystemExit(128 + stop)
+                raise SystemExit(128 + signalled)
         Run.in_stage = False
         self.load(stage)
 
