@@ -434,6 +434,8 @@ def random_success(config, layouts):
         p = p * stays + arrivals * (colour < 0)  # a wrong colour ends the game
         p[:, 1:] += right[:, :-1]
         solved += right[:, -1].sum(1)
+        if p.sum() < 1e-12:  # all games are over
+            break
     return solved
 
 

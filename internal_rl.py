@@ -1379,6 +1379,12 @@ CONTROLS = {  # what a sceptic would try instead → the settings that do it
     "a new code at every step": dict(forced=True), "e + b(z), not e + U(z) e": dict(bias=True)}
 
 
+def by_chance(run):
+    """{"random_success": how often random moves solve the post-training task}, empty where nobody knows."""
+    chance = run.config.module.random_success(run.config, run.layouts(run.config.evaluation))
+    return {} if chance is None else {"random_success": chance.mean().item()}
+
+
 def controls(run):
     """The same base model and as many episodes, with something else in place of internal RL; and what the
     policy's codes are worth when they are mixed up. Writes controls.json and controls.png."""
@@ -1409,9 +1415,7 @@ def controls(run):
         success[name] = solved(run, base, lambda game: intervention).mean().item()
     labels = solved(run, base, with_labels(config, steer(run, base))).mean().item()
     success["labelled controllers"] = labels
-    chance = config.module.random_success(config, run.layouts(config.evaluation))
-    if chance is not None:
-        success["uniformly random moves"] = chance.mean().item()
+    success |= by_chance(run)
     for name, value in success.items():
         print(f"{name:40}{value:12.6f}")
     write_file(run.folder / "controls.json", success)
@@ -1451,9 +1455,7 @@ def run_stages(run, wanted):
         result.update(matrix_labels=listed(matrix),
                       labels_withheld=composition_scores(config, matrix)["withheld"])
         result["base_success"] = solved(run, base).mean().item()
-        chance = config.module.random_success(config, run.layouts(config.evaluation))
-        if chance is not None:
-            result["random_success"] = chance.mean().item()
+        result |= by_chance(run)
         print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)
     if wanted in ("all", "discover", "rl"):

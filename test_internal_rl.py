@@ -1502,7 +1502,7 @@ def test_controls_command(finished, tmp_path, monkeypatch):
     rl.main([*map(str, SMALL), "--stage", "controls", "--out", str(tmp_path / "run")])
     success = json.loads((tmp_path / "run/controls.json").read_text())
     assert list(success) == ["tokens", "forced", "bias", "internal RL", "its codes, each in another game", "codes from N(0, I)",
-                             "the code 0", "labelled controllers", "uniformly random moves"]
+                             "the code 0", "labelled controllers", "random_success"]
     assert all(0 <= value <= 1 for value in success.values()) and (tmp_path / "run/controls.png").stat().st_size > 5000
     result = json.loads((finished[1] / "result.json").read_text())
     assert success["internal RL"] == result["internal_success"]
