@@ -1789,4 +1789,5 @@ def test_ten_thousand_wrong_calls_of_an_environment(make):
             kinds[what, "refused"] += 1
         else:
             kinds[what, "taken"] += 1
-    assert len(kinds) >= 9, kinds
+    assert len(kinds) >= 9 and not kinds["copy", "refused"], kinds
+    assert min(kinds[what, how] for what in ("make", "reset", "step") for how in ("taken", "refused")) > 2 and kinds["right step", "taken"] > 100, kinds
