@@ -434,7 +434,7 @@ QUICK = dict(
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
-        trajectories=64, max_steps=150, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
+        candidates=1, trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
         discover_steps=16, renew_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
@@ -470,7 +470,7 @@ def expert_data(folder, shards, settings, make):
     files and those of other `settings` (a dictionary) raise ValueError."""
     parts, started = [], time.time()
     for i in range(shards):
-        path = Path(folder) / f"{i:03}.npz"
+        path, settings = Path(folder) / f"{i:03}.npz", {**settings, "shard": i}
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.part.npz")

@@ -590,7 +590,8 @@ def test_alpha_follows_the_rate():
         assert alpha.item() == pytest.approx(bound)
 
 
-def test_renewal_trains_a_new_hypernetwork_and_nothing_else(base, tmp_path):
+def test_renewal_trains_a_new_hypernetwork_and_nothing_else(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
     config = replace(CONFIG, renew_steps=16, discover_batch=8)
     run, meta = rl.Run(config, tmp_path, torch.device("cpu")), rl.Metacontroller(config)
     base.requires_grad_(False)
@@ -1238,7 +1239,11 @@ def test_expert_data_is_kept_and_refused_when_it_does_not_fit(tmp_path):
     assert made == [0, 1] and [part["x"].tolist() for part in again] == [part["x"].tolist() for part in first] == [[0] * 3, [1] * 3]
     with pytest.raises(ValueError, match="noise=0.1, not 0.2"):
         ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.2}, make)
-    (tmp_path / "001.npz").write_bytes((tmp_path / "001.npz").read_bytes()[:100])
+    content = (tmp_path / "001.npz").read_bytes()
+    (tmp_path / "001.npz").write_bytes((tmp_path / "000.npz").read_bytes())
+    with pytest.raises(ValueError, match="shard=0, not 1"):
+        ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.1}, make)
+    (tmp_path / "001.npz").write_bytes(content[:100])
     with pytest.raises(ValueError, match="001.npz cannot be read"):
         ant.expert_data(tmp_path, 2, {"size": 4, "noise": 0.1}, make)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["000.npz", "001.npz"]
@@ -1287,19 +1292,29 @@ def command(*arguments, **options):
     return subprocess.run([sys.executable, HERE / "internal_rl.py", *map(str, arguments)], capture_output=True, text=True, **options)
 
 
+def refused(capsys, *arguments):
+    """The one line with which a command in this process is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        rl.main([*map(str, arguments)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1, error
+    return error
+
+
 SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--discover-steps", 32,
          "--renew-steps", 16)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The process and the folder of a finished run; copy it."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return command("--task", "gridworld", *SMALL, "--out", folder), folder
+    """The process and the folder of a finished run, copy it; how many seconds it took."""
+    folder, started = tmp_path_factory.mktemp("finished") / "run", time.time()
+    return command("--task", "gridworld", *SMALL, "--out", folder), folder, time.time() - started
 
 
-def test_tiny_run_end_to_end(finished, tmp_path):
-    done, folder = finished
+def test_tiny_run_end_to_end(finished, tmp_path, capsys):
+    done, folder, _ = finished
     assert done.returncode == 0, done.stderr
     assert "token-level" in done.stdout
     shutil.copytree(folder, tmp_path / "run")
@@ -1311,35 +1326,33 @@ def test_tiny_run_end_to_end(finished, tmp_path):
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
     assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, discover=48, renew=16, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
-    again = command("--task", "gridworld", *SMALL, "--out", tmp_path / "run")
-    assert again.returncode == 0 and "reused" in again.stdout
+    rl.main([*map(str, SMALL), "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().out.count("reused") == 7
     assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
-    refused = command(*SMALL, "--width", 64, "--out", tmp_path / "run")
-    assert refused.returncode == 2 and "width=32" in refused.stderr and len(refused.stderr.splitlines()) == 1
-    assert command(*SMALL, "--rl-lr", 0.5, "--stage", "steer", "--out", tmp_path / "run").returncode == 2  # rl.pt has another rl_lr
+    assert "width=32" in refused(capsys, *SMALL, "--width", 64, "--out", tmp_path / "run")
+    assert "rl_lr" in refused(capsys, *SMALL, "--rl-lr", 0.5, "--stage", "steer", "--out", tmp_path / "run")
     (tmp_path / "run/discover.pt").write_bytes(before["discover.pt"][:1000])
-    broken = command(*SMALL, "--out", tmp_path / "run")
-    assert broken.returncode == 2 and "discover.pt cannot be read" in broken.stderr and len(broken.stderr.splitlines()) == 1
+    assert "discover.pt cannot be read" in refused(capsys, *SMALL, "--out", tmp_path / "run")
 
 
-def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path):
-    done, folder = finished
+def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path, capsys):
+    done, folder, _ = finished
     assert "gate recall, ±0 steps" in done.stdout and "±2" not in done.stdout
     shutil.copytree(folder, tmp_path / "run")
     kept = [file for file in (tmp_path / "run").iterdir() if file.suffix in (".pt", ".jsonl")]
     before = {file: file.read_bytes() for file in kept}
     assert len(kept) == 8
-    again = command("--task", "gridworld", *SMALL, "--tolerance", 2, "--evaluation", 40, "--out", tmp_path / "run")
-    assert again.returncode == 0, again.stderr
+    rl.main([*map(str, SMALL), "--tolerance", "2", "--evaluation", "40", "--out", str(tmp_path / "run")])
     assert all(file.read_bytes() == content for file, content in before.items())
-    assert "gate recall, ±2 steps" in again.stdout and "±0" not in again.stdout
+    again = capsys.readouterr().out
+    assert "gate recall, ±2 steps" in again and "±0" not in again
     one, two = (json.loads((place / "result.json").read_text()) for place in (folder, tmp_path / "run"))
     assert one.keys() - {"switches_solved"} == two.keys() - {"switches_solved"} and one["gap"] == two["gap"] and one["seconds"] == two["seconds"]
     if not math.isnan(one["gate_precision"]):
         assert two["gate_precision"] >= one["gate_precision"] and two["gate_recall"] >= one["gate_recall"]
 
 
-def test_tiny_ant_run_end_to_end(tmp_path):
+def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     arguments = ("--task", "ant", "--preset", "tiny", "--device", "cpu", "--data", tmp_path / "data", "--out", tmp_path / "run")
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
@@ -1349,13 +1362,11 @@ def test_tiny_ant_run_end_to_end(tmp_path):
                      "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
-    refused = command(*arguments, "--trajectories", 32)
-    assert refused.returncode == 2 and "trajectories=64, not 32" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert "trajectories=64, not 32" in refused(capsys, *arguments, "--trajectories", 32)
     (tmp_path / "run/pretrain.pt").unlink()
     shard = next((tmp_path / "data").glob("*noise0.1/000.npz"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    broken = command(*arguments, "--stage", "pretrain")
-    assert broken.returncode == 2 and "000.npz cannot be read" in broken.stderr and len(broken.stderr.splitlines()) == 1
+    assert "000.npz cannot be read" in refused(capsys, *arguments, "--stage", "pretrain")
     assert not (tmp_path / "run/pretrain.pt").exists()
 
 
@@ -1464,10 +1475,7 @@ def test_not_a_number_stops_and_names_the_checkpoint(bad, name, tmp_path, capsys
     pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ])
 def test_refused_inputs(arguments, word, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        rl.main([*arguments, "--out", str(tmp_path / "run")])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and word in error and len(error.splitlines()) == 1
+    assert word in refused(capsys, *arguments, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -1476,7 +1484,7 @@ def test_binomial_interval_against_published_values():
         assert np.allclose(rl.binomial_interval(hits, n), (low, high), atol=2e-4)
 
 
-def test_table_command(tmp_path):
+def test_table_command(tmp_path, capsys):
     values = {3: 0.59, 4: 0.61, 5: 0.9}
     for seed, value in values.items():
         (tmp_path / f"some-s{seed}").mkdir()
@@ -1488,12 +1496,11 @@ def test_table_command(tmp_path):
     assert f"reaches 0.6 on 2 of 3 seeds (exact 95% interval {low:.3f} to {high:.3f}); median 0.610, worst 0.590" in done.stdout
     assert (tmp_path / "some-seeds.png").stat().st_size > 5000 and "gate precision" not in done.stdout
     assert json.loads((tmp_path / "some-results.json").read_text())["5"]["internal_success"] == 0.9
-    refused = command("--stage", "table", "--seeds", "3,6", "--out", tmp_path / "some")
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "some-s6/result.json" in refused.stderr
+    missing = command("--stage", "table", "--seeds", "3,6", "--out", tmp_path / "some")
+    assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1 and "some-s6/result.json" in missing.stderr
     for damaged in ("", "{", "{}", "[]", "1"):
         (tmp_path / "some-s5/result.json").write_text(damaged)
-        refused = command("--stage", "table", "--seeds", "3,5", "--out", tmp_path / "some")
-        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and "some-s5/result.json is not" in refused.stderr
+        assert "some-s5/result.json is not" in refused(capsys, "--stage", "table", "--seeds", "3,5", "--out", tmp_path / "some")
 
 
 def test_controls_command(finished, tmp_path, monkeypatch):
@@ -1578,17 +1585,17 @@ def test_a_third_world_is_one_file(tmp_path):
     assert "labelled controllers" in done.stdout and (tmp_path / "runs/maze-tiny-s0/steer.pt").exists()
     settings = json.loads((tmp_path / "runs/maze-tiny-s0/config.json").read_text())
     assert (settings["world"], settings["depth"]) == ("maze", 4)
-    refused = run(*arguments[:-1], 10)
-    assert refused.returncode == 2 and "depth 10 is outside 1 … 9" in refused.stderr and len(refused.stderr.splitlines()) == 1
-    refused = run(*arguments[:-2])  # the world's own settings are of the base model's stage
-    assert refused.returncode == 2 and "depth=4, not 3" in refused.stderr
+    wrong = run(*arguments[:-1], 10)
+    assert wrong.returncode == 2 and "depth 10 is outside 1 … 9" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    wrong = run(*arguments[:-2])  # the world's own settings are of the base model's stage
+    assert wrong.returncode == 2 and "depth=4, not 3" in wrong.stderr
 
 
 @pytest.mark.parametrize("old,new,words", [("def thinned(", "def thicker(", "it lacks thinned"), ("RAW =", "COOKED =", "it lacks RAW"),
                                            ('"quick": {}', '"fast": {}', "it lacks a preset named quick")])
 def test_an_incomplete_world_is_refused(old, new, words, tmp_path):
-    refused = copied(tmp_path, "maze", old, new)("--preset", "tiny", "--device", "cpu")
-    assert refused.returncode == 2 and "maze.py" in refused.stderr and refused.stderr.endswith(words + "\n") and len(refused.stderr.splitlines()) == 1
+    wrong = copied(tmp_path, "maze", old, new)("--preset", "tiny", "--device", "cpu")
+    assert wrong.returncode == 2 and "maze.py" in wrong.stderr and wrong.stderr.endswith(words + "\n") and len(wrong.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -1614,13 +1621,16 @@ def left_behind(folder):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("world", ["gridworld", "ant"])
-def test_killed_runs_end_like_uninterrupted_ones(world, tmp_path):
+def test_killed_runs_end_like_uninterrupted_ones(world, finished, tmp_path):
     arguments = [sys.executable, HERE / "internal_rl.py", "--task", world, *map(str, SMALL if world == "gridworld" else ("--preset", "tiny"))]
     if world == "ant" and "KILLS" not in os.environ:
         arguments += ["--stage", "pretrain"]
-    started = time.time()
-    subprocess.run([*arguments, "--out", tmp_path / "whole", "--data", tmp_path / "whole-data"], check=True, capture_output=True)
-    duration, kills, chance = time.time() - started, 0, random.Random(KILLS)
+    _, whole, duration = finished
+    if world == "ant":
+        whole, started = tmp_path / "whole", time.time()
+        subprocess.run([*arguments, "--out", whole, "--data", tmp_path / "whole-data"], check=True, capture_output=True)
+        duration = time.time() - started
+    kills, chance = 0, random.Random(KILLS)
     for attempt in range(10 * KILLS):
         data = tmp_path / f"data-{attempt}"
         while kills < KILLS:
@@ -1637,7 +1647,7 @@ def test_killed_runs_end_like_uninterrupted_ones(world, tmp_path):
                 break
         done = subprocess.run([*arguments, "--out", tmp_path / "parts", "--data", data], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
+        assert left_behind(tmp_path / "parts") == left_behind(whole)
         if kills == KILLS:
             break
         shutil.rmtree(tmp_path / "parts")
@@ -1688,10 +1698,7 @@ def test_stages_on_other_weights_are_refused(finished, tmp_path, monkeypatch, ca
     (tmp_path / "run/pretrain.pt").unlink()
     forward = rl.Block.forward
     monkeypatch.setattr(rl.Block, "forward", lambda self, x, past=None: forward(self, 1.01 * x, past))  # other code
-    with pytest.raises(SystemExit) as stopped:
-        rl.main(["--task", "gridworld", *map(str, SMALL), "--out", str(tmp_path / "run")])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "probe.pt was made on another pretrain.pt" in error and len(error.splitlines()) == 1
+    assert "probe.pt was made on another pretrain.pt" in refused(capsys, *SMALL, "--out", tmp_path / "run")
 
 
 def test_one_process_a_folder(tmp_path):
