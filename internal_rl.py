@@ -770,8 +770,9 @@ def advantages(success):
     return (success - success.mean()) / (success.std(correction=0) + 1e-3)
 
 
-def clipped_surrogate(log_prob, old_log_prob, advantage, mask, clip=0.2):
+def clipped_surrogate(log_prob, old_log_prob, advantage, mask, clip=0.5):
     """PPO's clipped objective summed over an episode's steps (Eq. 10), as a loss: [B, S], [B] → scalar"""
+    # The text gives no value; this one exceeds the usual 0.2, so that a rare reward may move π farther.
     ratio, advantage = (log_prob - old_log_prob).exp(), advantage[:, None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -(gain * mask).sum(1).mean()
@@ -803,8 +804,8 @@ def internal_rl(run, base, meta):
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
-        # differs from the paper: the policy's std falls from the prior's 1 as success rises (E.2: fixed), so
-        # that codes stay as varied as the prior's until some of them have earned a reward.
+        # differs from the paper: the policy's std falls from the prior's 1 as success rises (E.2: fixed), and
+        # the learning rate with it (A13: constant): codes vary like the prior's until they earn rewards.
         std, loss = config.std_start + (config.std_end - config.std_start) * policy.success.item(), 0.0
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)
@@ -816,7 +817,7 @@ def internal_rl(run, base, meta):
         for rows in minibatches(success, generator):
             log_prob = gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]), std)
             loss = clipped_surrogate(log_prob, old_log_prob[rows], advantage[rows], mask[rows])
-            descend(loss, optimizer, config.rl_lr)
+            descend(loss, optimizer, config.rl_lr * std)
         step.log(method="internal", episodes=(step.number + 1) * config.rl_batch, loss=loss,
                  success=success.mean(), switches=actor.count.float().mean())
     return policy.requires_grad_(False).eval()

@@ -720,7 +720,7 @@ def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(bas
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_policy_narrows_as_it_succeeds_not_with_time(share, base, meta, tmp_path, monkeypatch):
     config = replace(CONFIG, rl_episodes=60 * 8, rl_batch=8)
-    run, stds = rl.Run(config, tmp_path, torch.device("cpu")), []
+    run, stds, rates = rl.Run(config, tmp_path, torch.device("cpu")), [], []
 
     def play(config, base, game, generator, intervene):
         stds.append(intervene.choose.std)
@@ -728,8 +728,11 @@ def test_the_policy_narrows_as_it_succeeds_not_with_time(share, base, meta, tmp_
         return gridworld.Trajectories(None, None, None, torch.full((8,), share))
 
     monkeypatch.setattr(rl, "play", play)
+    monkeypatch.setattr(rl, "minibatches", lambda *_: [torch.arange(8)])
+    monkeypatch.setattr(rl, "descend", lambda loss, optimizer, lr: rates.append(lr))
     rl.internal_rl(run, base, meta)
     assert stds == pytest.approx([1 - 0.75 * share * (1 - 0.9 ** n) for n in range(60)])
+    assert rates == pytest.approx([config.rl_lr * std for std in stds])
 
 
 def test_gaussian_log_prob_against_torch():
@@ -743,9 +746,9 @@ def test_advantage_and_surrogate_by_hand():
     assert gain.tolist() == pytest.approx([0.75 / (deviation + 1e-3)] + [-0.25 / (deviation + 1e-3)] * 3)
     old, new = torch.zeros(2, 2), torch.tensor([[0.5, 0.1], [-0.5, 9.0]])
     mask = torch.tensor([[True, True], [True, False]])
-    # trajectory 0 (gain 2): ratio e^.5 is cut at 1.2; trajectory 1 (gain −1): ratio e^−.5 is cut at .8, the padding does not count
-    expected = -((2 * 1.2 + 2 * np.exp(0.1)) + (-0.8)) / 2
-    for clip in ({}, {"clip": 0.2}):
+    # trajectory 0 (gain 2): ratio e^.5 is cut at 1 + ε; trajectory 1 (gain −1): ratio e^−.5 is cut at 1 − ε, the padding does not count
+    for clip, high, low in (({}, 1.5, np.exp(-0.5)), ({"clip": 0.2}, 1.2, 0.8)):
+        expected = -((2 * high + 2 * np.exp(0.1)) - low) / 2
         assert rl.clipped_surrogate(new, old, torch.tensor([2.0, -1.0]), mask, **clip).item() == pytest.approx(expected, rel=1e-5)
 
 
