@@ -1376,6 +1376,7 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
 def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
     monkeypatch.setitem(gridworld.LOOK, "trajectories", 64)
+    monkeypatch.setattr(rl, "inspect_codes", lambda run, base, meta: ({"seen": meta.hyper.write.sum().item()}, None))
     config = rl.configure("gridworld", "tiny", pretrain_steps=48, discover_steps=48, renew_steps=32, rl_episodes=768, probe_steps=32, steer_steps=32,
                           evaluation=32)
 
@@ -1507,6 +1508,7 @@ def test_table_command(tmp_path, capsys):
 
 
 def test_controls_command(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
     monkeypatch.setattr(rl, "CONTROLS", {"tokens": dict(temperature=3.0), "forced": dict(forced=True), "bias": dict(bias=True)})
     shutil.copytree(finished[1], tmp_path / "run")
     rl.main([*map(str, SMALL), "--stage", "controls", "--out", str(tmp_path / "run")])
