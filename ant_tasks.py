@@ -558,11 +558,11 @@ def ways(batch, size):
 
 def thinned(config, batch, progress, generator):
     """The steps to train on: those that enter a cell, and a random share of the others, from config.thin at progress 0
-    to all at 1 (None: none of them). What follows a step is then the next that was kept."""
+    to all at 1. What follows a step is then the next that was kept."""
     # differs from the paper: within a cell the motion gives the action away; a model learns to continue it, not to choose.
     if config.thin == 1:
         return batch
-    share = 0 if progress is None else config.thin ** (1 - progress ** 3)
+    share = config.thin ** (1 - progress ** 3)
     some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
     kept = F.pad((entries(batch, config.size) | some) & batch.valid, (0, 1))  # [B, T+1]
     count, steps = kept.sum(1), torch.arange(kept.shape[1], device=kept.device)
