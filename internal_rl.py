@@ -1316,6 +1316,7 @@ def bench(run):
 # ========================================================================================= Command line
 
 SOLVED = 0.6  # a seed counts as solved if internal RL reaches this success
+COMPARED = ("base_success", "raw_success", "internal_success", "steer_success")  # shown as dots, one a seed
 WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_batch source thinned "
          "action_floor random_success mirror places picture Embedding Head log_prob sample").split()
 TABLE = {  # name in result.json → what it is
@@ -1501,13 +1502,12 @@ def compare_seeds(config, results, together):
     """Of several seeds: every one as a dot in TOGETHER-seeds.png, and how many reach SOLVED."""
     plt = plotting()
     figure, axis = plt.subplots(figsize=(8, 3.2))
-    rows = {"base_success": "base model alone", "raw_success": f"{config.module.RAW} RL",
-            "internal_success": "internal RL", "steer_success": "labelled controllers"}
-    for row, name in enumerate(rows):
+    rows = ("base model alone", f"{config.module.RAW} RL", "internal RL", "labelled controllers")
+    for row, name in enumerate(COMPARED):
         values = sorted(result[name] for result in results.values())
         axis.plot(values, row + 0.06 * np.arange(len(values)) - 0.03 * len(values), "o", alpha=0.7)
     axis.axvline(SOLVED, ls=":", color="gray")
-    axis.set(yticks=range(len(rows)), yticklabels=rows.values(), xlim=(-0.02, 1.02),
+    axis.set(yticks=range(len(rows)), yticklabels=rows, xlim=(-0.02, 1.02),
              xlabel=f"success on {config.post_task}, one dot a seed")
     plt.tight_layout()
     plt.savefig(f"{together}-seeds.png", dpi=110)
@@ -1601,8 +1601,8 @@ def main(arguments=None):
     for run in runs:  # refuse before anything is written
         if options.stage == "table":
             try:
-                results[run.config.seed] = json.loads((run.folder / "result.json").read_text())
-                results[run.config.seed]["internal_success"]
+                results[run.config.seed] = result = json.loads((run.folder / "result.json").read_text())
+                [float(result[name]) for name in COMPARED]
             except (ValueError, TypeError, KeyError):
                 refuse(f"{run.folder / 'result.json'} is not the result of a whole run")
             continue
