@@ -117,7 +117,7 @@ class Settings:
     alpha: float = setting(0.01, "discover", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "discover", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "discover", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
-    code_std: float = setting(0.4, "discover", "σ of all codes, then of one length; 0: learned", 0, 0.99)
+    code_std: float = setting(0.4, "discover", "σ of all codes (one length, hard gates); 0: learned", 0, 0.99)
     renew_steps: int = setting(1400, "renew", "then only f_hyp is trained, from nothing; 0: not", 0, 10 ** 8)
     mirror: bool = setting(True, "discover", "decode each code in a randomly mirrored copy of its world")
     read_embedding: bool = setting(True, "discover", "the metacontroller reads e_{t,0} instead of e_{t,l}")
@@ -789,8 +789,9 @@ def minibatches(success, generator):
 def layout_pool(run, generator):
     """A function that draws an update's layouts."""
     # differs from the paper: from a fixed pool of 16 batches; the paper's are new in every episode.
-    n, pool = run.config.rl_batch, draw_layouts(run.config, 16 * run.config.rl_batch, generator)
-    rows = lambda: torch.randint(len(pool), (n,), generator=generator, device=run.device)
+    n = run.config.rl_batch
+    pool = draw_layouts(run.config, 16 * n, generator)
+    rows = lambda: torch.randint(16 * n, (n,), generator=generator, device=run.device)
     return lambda: pool[rows().to(pool.agent.device)]
 
 
@@ -804,7 +805,7 @@ def internal_rl(run, base, meta):
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
         # differs from the paper: the policy's std falls from the prior's 1 as success rises (E.2: fixed), and
-        # the learning rate with it (A13: constant): codes vary like the prior's until they earn rewards.
+        # the learning rate with it (3e-5 throughout): codes vary like the prior's until they earn rewards.
         std = config.std_start + (config.std_end - config.std_start) * policy.success.item()
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)
@@ -833,7 +834,8 @@ def raw_rl(run, base):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("raw", updates, generator, optimizer, unit=1, reports=50, model=model):
-        episodes, loss, old = play(config, model, new_game(config, layouts(), task), generator), 0.0, None
+        episodes = play(config, model, new_game(config, layouts(), task), generator)
+        loss, old = 0.0, None
         advantage, mask, action = advantages(episodes.success), episodes.valid, episodes.action
         for rows in minibatches(episodes.success, generator):
             if old is None:  # once a batch, before its first update; never if no game was solved
