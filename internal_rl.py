@@ -99,6 +99,7 @@ class Settings:
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
     weight_decay: float = setting(0.03, "pretrain", "base model: AdamW weight decay", 0, 100)
     cosine: bool = setting(True, "pretrain", "stages 1-4: learning rates fall along a cosine")
+    # differs from the paper: λ = 0.02 instead of 0.01.
     next_obs: float = setting(0.02, "pretrain", "λ, weight of the next-observation loss", 0, 1000)
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model in stages 1 and 4")
     probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
@@ -686,7 +687,7 @@ def renew(run, base, meta):
     return meta.requires_grad_(False)
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see `success` leave zero after 20 to 80 thousand episodes; untuned, the baseline's stays there.
+# You should see `success` leave zero after 15 to 80 thousand episodes; untuned, the baseline's stays there.
 
 class CodeIntervention:
     """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
