@@ -761,11 +761,11 @@ def demo(folder, n, seed):
 
     _, paths = episodes(withheld, 0, 32, seed + 1)
     chosen = int(paths.success.argmax())  # the first that is solved
-    frames = [picture(seen, 4, 4) for seen in paths.observation[chosen, :paths.length[chosen] + 1]]
-    pursued = paths.subgoal[chosen, :len(frames) - 1].tolist()
+    pursued = paths.subgoal[chosen, :paths.length[chosen]].tolist()
     titles = [f"{t * CONTROL_STEP:.1f} s: to {colour}" for t, colour in enumerate(pursued)]
     marked = [colour != before for colour, before in zip(pursued, [None, *pursued])]
-    gridworld.film(frames, [*titles, "end"], [*marked, False], folder / "ant", *LOOK["film"])
+    frame = lambda t: picture(paths.observation[chosen, t], 4, 4)
+    gridworld.film(frame, [*titles, "end"], [*marked, False], folder / "ant", *LOOK["film"])
     print(f"written: {folder / 'ant.png'}, {folder / 'ant.gif'} (twice the real speed)")
 
 

@@ -539,19 +539,19 @@ def picture(observation, size, colours, pixels=32):
     return picture
 
 
-def film(frames, titles, marked, path, every=1, fps=2):
-    """Writes an episode, a picture and a title a step, as the strip PATH.png (about 15 steps and the first nine marked
-    ones, in bold) and as the animation PATH.gif (every so many steps)."""
+def film(frame, titles, marked, path, every=1, fps=2):
+    """Writes an episode, a picture frame(t) and a title a step, as the strip PATH.png (about 15 steps and the first nine
+    marked ones, in bold) and as the animation PATH.gif (every so many steps)."""
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
 
     def show(axis, t):
         axis.clear()
         axis.axis("off")
-        axis.imshow(frames[t])
+        axis.imshow(frame(t))
         axis.set_title(titles[t], fontsize=9, fontweight="bold" if marked[t] else "normal")
 
-    last = len(frames) - 1
+    last = len(titles) - 1
     shown = sorted({*range(0, last, -(-last // 15)), *np.flatnonzero(marked)[:9].tolist(), last})
     rows = -(-len(shown) // 8)
     figure = Figure(figsize=(10.4, 1.6 * rows), layout="tight")

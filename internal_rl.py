@@ -863,10 +863,10 @@ EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds
     "pairs"), start=1)}
 
 
-def refuse(message):
-    """Bad input: one line on stderr, exit status 2."""
+def refuse(message, status=2):
+    """Ends the process with one line on stderr. Exit status 2: bad input; 1: training went wrong."""
     print(f"internal_rl.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 class Step:
@@ -900,6 +900,7 @@ class Run:
     def __init__(self, config, folder, device, data="data"):
         self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
         self.lines, self.fingerprints = {}, {}  # of each stage: its curves; of a finished one: its weights
+        self.few = min(config.module.LOOK["layouts"], max(1, config.evaluation // 32))  # to try out a code in
         self.made_with = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
     def lock(self):
@@ -920,11 +921,6 @@ class Run:
     def evaluation(self, purpose):
         """A generator that is the same in every run, and that no training uses."""
         return torch.Generator(self.device).manual_seed(EVALUATION_SEEDS[purpose])
-
-    @property
-    def few(self):
-        """In how many layouts is a code tried out?"""
-        return min(self.config.module.LOOK["layouts"], max(1, self.config.evaluation // 32))
 
     def layouts(self, n, purpose="layouts"):
         return draw_layouts(self.config, n, self.evaluation(purpose))
@@ -973,10 +969,8 @@ class Run:
             watched = {name: x for name, x in metrics.items() if "loss" in name or name in ("nll", "kl")}
             for name, x in [*watched.items(), *(pair for state in states.values() for pair in state.items())]:
                 if not torch.as_tensor(x).isfinite().all():
-                    kept = self.path(stage) if self.path(stage).exists() else "none yet"
-                    print(f"internal_rl.py: {stage}: {name} is not finite at step {done * unit}; "
-                          f"last good checkpoint: {kept}", file=sys.stderr)
-                    raise SystemExit(1)
+                    refuse(f"{stage}: {name} is not finite at step {done * unit}; {self.path(stage)} is left "
+                           "as it was", 1)
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
@@ -1268,8 +1262,8 @@ def figures(run, base, meta, policy, accuracy, result):
     steps = int(episodes.length[best])
     opened = [bool(is_open[games == best][0]) for games, _, is_open in intervention.trace[:steps]]
     titles = [f"{t}: code {sum(opened[:t + 1])}" + " (new)" * opened[t] for t in range(steps)]
-    frames = [module.picture(x, config.size, config.colours) for x in episodes.observation[best, :steps + 1]]
-    gridworld.film(frames, [*titles, "end"], [*opened, False], run.folder / "episode", *module.LOOK["film"])
+    frame = lambda t: module.picture(episodes.observation[best, t], config.size, config.colours)
+    gridworld.film(frame, [*titles, "end"], [*opened, False], run.folder / "episode", *module.LOOK["film"])
     print(f"figures: gates, probe, success, codes, matrix, episode in {run.folder}", flush=True)
 
 # ============================================================================================ Benchmark
