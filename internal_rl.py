@@ -1566,7 +1566,7 @@ def check(config):
 def stop(number, frame):
     """SIGINT and SIGTERM end a stage after its present round; a second one, or between stages: at once."""
     if Run.stop is not None or not Run.in_stage:
-        raise SystemExit(128 + number)
+        os._exit(128 + number)  # an exception could be lost in a library
     Run.stop = number
 
 
