@@ -900,7 +900,7 @@ class Run:
     def __init__(self, config, folder, device, data="data"):
         self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
         self.lines, self.fingerprints = {}, {}  # of each stage: its curves; of a finished one: its weights
-        self.few = min(config.module.LOOK["layouts"], max(1, config.evaluation // 32))  # to try out a code in
+        self.few = min(config.module.LOOK["layouts"], max(1, config.evaluation // 32))  # layouts for one code
         self.made_with = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
     def lock(self):
