@@ -969,8 +969,8 @@ class Run:
             watched = {name: x for name, x in metrics.items() if "loss" in name or name in ("nll", "kl")}
             for name, x in [*watched.items(), *(pair for state in states.values() for pair in state.items())]:
                 if not torch.as_tensor(x).isfinite().all():
-                    refuse(f"{stage}: {name} is not finite at step {done * unit}; {self.path(stage)} is left "
-                           "as it was", 1)
+                    kept = self.path(stage) if self.path(stage).exists() else "none yet"
+                    refuse(f"{stage}: {name} is not finite at step {done * unit}; last good checkpoint: {kept}", 1)
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
