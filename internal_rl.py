@@ -1635,3 +1635,6 @@ if __name__ == "__main__":
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         refuse(str(error).partition("\n")[0] or type(error).__name__)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # all is done; Python's own end takes a moment
