@@ -970,7 +970,8 @@ class Run:
             for name, x in [*watched.items(), *(pair for state in states.values() for pair in state.items())]:
                 if not torch.as_tensor(x).isfinite().all():
                     kept = self.path(stage) if self.path(stage).exists() else "none yet"
-                    refuse(f"{stage}: {name} is not finite at step {done * unit}; last good checkpoint: {kept}", 1)
+                    refuse(f"{stage}: {name} is not finite at step {done * unit}; last good checkpoint: "
+                           f"{kept}", 1)
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
