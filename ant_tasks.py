@@ -429,20 +429,20 @@ SETTINGS = {  # of this world alone: name → (default, help, lowest, highest va
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
 # differs from the paper: λ = 1 (there 10), control of rank 16 (a full matrix), after block 1 of 4 (the middle one).
 QUICK = dict(
-    ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400, swap=True,
-    candidates=1, discover_steps=6400, renew_steps=1600, rl_episodes=102_400, rl_batch=512)
+    ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400,
+    gate_steps=4800, code_steps=3200, rl_episodes=102_400, rl_batch=512)
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
-        candidates=1, trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
-        discover_steps=16, renew_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
+        trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
+        gate_steps=16, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
         ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
         layers=8, heads=8, pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, cosine=False, probe_steps=8000,
-        probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, control_layer=0, candidates=1, discover_steps=32_000,
-        discover_batch=128, discover_lr=3e-4, hyper_lr=3e-4, mirror=False, read_embedding=False, alpha=0.1, rate=0.0,
-        n_z=8, code_std=0.0, renew_steps=0, rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
+        probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, control_layer=0, gate_steps=32_000, code_steps=0,
+        discover_batch=128, discover_lr=3e-4, read_embedding=False, alpha=0.1, rate=0.0,
+        n_z=8, code_std=0.0, rl_episodes=13_107_200, rl_batch=256, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
 }
 SYMMETRIES = 32  # images of a world, see `mirror`
 RAW = "raw-action"  # what RL on the model's own actions is called

@@ -348,14 +348,14 @@ PRESETS = {
     "quick": {},  # the defaults in internal_rl.py
     "tiny": dict(
         width=32, heads=2, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48,
-        candidates=2, discover_steps=64, renew_steps=32, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
+        gate_steps=64, code_steps=48, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
     # The paper's sizes and schedules (Tables A1, A4, A6, A7, A9, A13, A16).
     "paper": dict(
         size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
         view="absolute", width=256, layers=6, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
         next_obs=0.01, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3,
-        control_layer=0, candidates=1, discover_steps=64_000, discover_batch=512, discover_lr=1e-3, hyper_lr=1e-3,
-        mirror=False, read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0, renew_steps=0,
+        control_layer=0, gate_steps=64_000, code_steps=0, discover_batch=512, discover_lr=1e-3,
+        read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0,
         rl_episodes=102_400_000, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
 }
 SYMMETRIES = 8  # images of a world, see `mirror`
@@ -487,21 +487,6 @@ class Head(nn.Module):
     def more_losses(self, last, batch):
         """What else a world wants predicted, weighted: here nothing."""
         return 0
-
-
-def same_visits(places, colours, length):
-    """For each trajectory another with the same visits in the same order, or itself: places [B, T+1, N+1] → index [B]"""
-    valid = torch.arange(places.shape[1], device=places.device) <= length[:, None]  # [B, T+1]
-    on = (places[..., :colours] == places[..., -1:]) & valid[..., None]
-    entered = on & ~F.pad(on, (0, 0, 1, 0))[:, :-1]  # [B, T+1, O]
-    colour = (entered * torch.arange(1, colours + 1, device=on.device)).sum(-1)
-    later = entered.any(-1).flip(1).cumsum(1).flip(1)  # visits from here on
-    order = (colour * (colours + 1) ** (later - 1).clamp(min=0)).sum(1)  # the visits as digits of a number
-    rows = order.argsort()
-    partner = torch.empty_like(rows)
-    for group in rows.split(order[rows].unique_consecutive(return_counts=True)[1].tolist()):
-        partner[group] = group.roll(1)
-    return partner
 
 
 def log_prob(logits, action):

@@ -9,17 +9,16 @@ Contents
     1  pretrain        a causal model learns to predict the actions of an expert that pursues hidden subgoals
     2  probe           a linear read-out finds the hidden subgoal in its residual stream
     3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
-    4  discover        without labels, a metacontroller learns to emit such maps, to hold and to switch them
+    4  discover        without labels, a metacontroller learns when to switch such maps, then what to send
     5  internal RL     a small policy learns from one reward per episode which codes to emit
        the baseline    token-level RL on the same model: PPO on its own actions, as many episodes
     ── nothing below is needed to understand the method ──
     Checkpoints · Looking inside · Figures · Benchmark · Command line
 
 One forward pass
-                             s = f_emb(e_1…e_{T+1}) sees the future; in 5 the policy π replaces encoder and s
-                                         │
- o_1…o_t ─► blocks 1…l ─► e_t ─┬─► h_t ──┴─► encoder ─► μ_t, Σ_t ─► z̃_t ──┐
-                               │    └──► gate β_t(e_t, h_{t−1}, z_{t−1}) ─┴─► z_t = β_t z̃_t + (1−β_t) z_{t−1}
+                          the future (in 5 the policy π instead) ─► encoder ─► μ_t, Σ_t ─► z̃_t ──┐
+                               ┌─► h_{t−1} ─► gate β_t(e_t, h_{t−1}) ─────────────────────────────┤
+ o_1…o_t ─► blocks 1…l ─► e_t ─┤                                    z_t = β_t z̃_t + (1−β_t) z_{t−1}
                                │                                                │ hypernetwork
                                └─► ê_t = e_t + U_t e_t ◄─── U_t = BᵀA/√C of z_t ┘
                                          └─► blocks l+1…L ─► p(a_t | o_1…o_t, z_1…z_t)
@@ -30,8 +29,8 @@ Glossary (code name: paper symbol, where)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
   h            causal history h_t                                        Metacontroller.history    Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
-  mu, log_sigma  μ_t, ln √Σ_t (diagonal) of the proposed code            Metacontroller.encoder    Eq. 14, 15
-  beta         switch gate β_t (1 = take the proposal, 0 = keep)         Metacontroller.switch     Eq. 16
+  mu, log_sigma  μ_t, ln √Σ_t (diagonal) of the proposed code            Metacontroller.encode     Eq. 14, 15
+  beta         switch gate β_t (1 = take the proposal, 0 = keep)         Metacontroller.gate       Eq. 16
   z            controller code z_t ∈ R^{n_z}                             integrate                 Eq. 2, 17
   alpha        weight α of the KL to N(0, I)                             discovery_loss            Eq. 3, 9
   next_obs     weight λ of the next-observation loss                     pretraining_loss          Eq. 4, 5
@@ -104,33 +103,30 @@ class Settings:
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model in stages 1 and 4")
     probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
     probe_lr: float = setting(3e-3, "probe", "probe: learning rate", 1e-12, 1e6)
-    control_layer: int = setting(1, "steer discover", "control acts after this block l; 0: L/2", 0, 128)
-    rank: int = setting(16, "steer discover", "rank of a linear controller U; 0: a full matrix", 0, 8192)
-    control_decay: float = setting(0.03, "steer discover", "(meta)controllers: AdamW weight decay", 0, 100)
+    control_layer: int = setting(1, "steer gates codes", "control acts after this block l; 0: L/2", 0, 128)
+    rank: int = setting(16, "steer gates codes", "rank of a linear controller U; 0: a full matrix", 0, 8192)
+    control_decay: float = setting(0.03, "steer gates codes", "(meta)controllers: AdamW weight decay", 0, 100)
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
-    discover_steps: int = setting(3900, "discover", "metacontroller: training steps", 3, 10 ** 8)
-    candidates: int = setting(5, "discover", "train for a third of the steps; the best goes on", 1, 100)
-    discover_batch: int = setting(64, "probe steer discover", "stages 2-4: trajectories a step", 1, 10 ** 5)
-    discover_lr: float = setting(3e-3, "discover", "metacontroller: learning rate, f_hyp apart", 1e-12, 1e6)
-    hyper_lr: float = setting(1e-2, "discover", "learning rate of f_hyp", 1e-12, 1e6)
-    alpha: float = setting(0.01, "discover", "α, weight of the KL; with a rate: at first", 0, 1000)
-    rate: float = setting(1.2, "discover", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
-    n_z: int = setting(4, "discover", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
-    code_std: float = setting(0.4, "discover", "σ of all codes (one length, hard gates); 0: learned", 0, 0.99)
-    renew_steps: int = setting(1400, "renew", "then only f_hyp is trained, from nothing; 0: not", 0, 10 ** 8)
-    mirror: bool = setting(True, "discover", "decode each code in a randomly mirrored copy of its world")
-    read_embedding: bool = setting(True, "discover", "the metacontroller reads e_{t,0} instead of e_{t,l}")
-    swap: bool = setting(False, "discover", "take the summary of another trajectory with the same visits")
+    gate_steps: int = setting(1600, "gates", "metacontroller, part 1 (when): training steps", 1, 10 ** 8)
+    code_steps: int = setting(2600, "codes", "part 2 (what): encoder and f_hyp anew; 0: not", 0, 10 ** 8)
+    discover_batch: int = setting(64, "probe steer gates codes", "stages 2-4: trajectories", 1, 10 ** 5)
+    discover_lr: float = setting(3e-3, "gates codes", "metacontroller: learning rate", 1e-12, 1e6)
+    alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
+    rate: float = setting(1.2, "gates", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
+    n_z: int = setting(4, "gates codes", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
+    code_std: float = setting(0.4, "gates codes", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
+    mirror: bool = setting(True, "codes", "part 2: decode codes in a mirrored copy of their world")
+    read_embedding: bool = setting(True, "gates codes", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy", 1e-12, 1e6)
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
     std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
-    forced: bool = setting(False, "discover", "control: every gate is open, in stages 4 and 5")
-    bias: bool = setting(False, "discover", "control: e + b(z) in place of e + U(z) e")
+    forced: bool = setting(False, "gates codes", "control: every gate is open, in stages 4 and 5")
+    bias: bool = setting(False, "gates codes", "control: e + b(z) in place of e + U(z) e")
     temperature: float = setting(1.0, "raw", "control: the baseline starts with logits over this", 0.01, 100)
     scratch: bool = setting(False, "raw", "control: the baseline starts from random weights")
     tolerance: int = setting(0, "", "only measures: how many steps a gate may be off", 0, 100)
@@ -150,9 +146,9 @@ ROUND = 16  # steps of supervised training between two moments at which a run ma
 
 
 def descend(loss, optimizer, lr):
-    """One step at learning rate lr, times a group's `pace`; a gradient of norm above 1 is scaled to 1."""
+    """One step at learning rate lr; a gradient of norm above 1 is scaled to 1."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("pace", 1)
+        group["lr"] = lr
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward()
@@ -485,7 +481,8 @@ def steer(run, base):
 # and held_share high, R² of direction and distance low. Good gates alone prove little.
 
 N_H, N_S, J = 32, 32, 32  # sizes of history h, summary s, hidden layer of f_hyp (Table A9)
-THRESHOLD = 0.5  # a gate with β above this is open
+# differs from the paper: 0.5. A few boundaries missed ruin codes; a few too many do not.
+THRESHOLD = 1 / 3  # a gate is open if its β is above this (in training: above a random number)
 
 
 def integrate(beta, proposal, z):
@@ -520,72 +517,85 @@ class Hypernetwork(nn.Module):
         return e + w @ self.write[:, 0] if self.bias else linear_control(e, w, self.read, self.write)
 
 
+def next_opening(is_open, length):
+    """At which step after t does a gate open next? Else at T+1, index `length`: [B, T+1], [B] → [B, T+1]"""
+    last = length[:, None].expand_as(is_open)
+    opens = torch.where(is_open, torch.arange(is_open.shape[1], device=length.device), last).minimum(last)
+    return torch.cat([opens[:, 1:], last[:, :1]], 1).flip(1).cummin(1).values.flip(1)
+
+
+def perceptron(inputs, outputs):
+    return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, outputs))
+
+
 class Metacontroller(nn.Module):
     """Emits, holds and replaces linear controllers of the frozen base model (App. D.2, Fig. 5)."""
 
     def __init__(self, config):
         super().__init__()
-        width = config.width
+        self.config, width = config, config.width
         self.norm = nn.LayerNorm(width)  # differs from the paper: all but `hyper` reads a normalised e.
         self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
-        numbers = config.n_z if config.code_std > 0 else 2 * config.n_z  # μ, or μ and ln σ
-        # differs from the paper: the encoder reads e_t only through h_t, where directions fit less easily.
-        self.encoder = nn.Sequential(nn.Linear(N_H + N_S, 64), nn.ReLU(), nn.Linear(64, numbers))
-        self.switch_in, self.switch_z = nn.Linear(width + N_H, 64), nn.Linear(config.n_z, 64, bias=False)
-        self.switch_out = nn.Linear(64, 1)
-        self.hyper = Hypernetwork(config)
+        # differs from the paper: the encoder reads e_t only through h_t.
+        self.encoder = perceptron(N_H + N_S, config.n_z if config.code_std > 0 else 2 * config.n_z)
+        self.hyper, self.switch = Hypernetwork(config), perceptron(width + N_H, 1)
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
             # differs from the paper: gates start almost shut, which favours codes worth holding; s has a long
             # memory from the start.
-            self.switch_out.bias.fill_(-2)
+            self.switch[-1].bias.fill_(-2)
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2
-        self.code_std, self.forced = config.code_std, config.forced
         self.register_buffer("alpha", torch.tensor(config.alpha))
-        self.register_buffer("nll", torch.zeros(()))  # a candidate's, averaged over recent steps
 
-    def propose(self, e, length, partner=None):
-        """All that does not depend on z, for all steps at once: normalised residuals e [B, T+1, C] → μ, ln σ
-        [B, T+1, Z], switch features [B, T+1, 64]. With `partner` [B] it takes that trajectory's summary."""
-        h, _ = self.history(e)  # [B, T+1, n_h]
-        before = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_{t−1}, zero at the start
-        # differs from the paper: s has read o_{T+1}, too.
-        s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, n_s]
-        s = (s if partner is None else s[partner])[:, None].expand(-1, e.shape[1], -1)
-        mu, features = self.encoder(torch.cat([h, s], -1)), self.switch_in(torch.cat([e, before], -1))
-        if self.code_std > 0:
+    def forget_codes(self):
+        """For part 2: a new encoder, which reads a segment's end instead of h and s, and a new f_hyp."""
+        self.summary, self.encoder = None, perceptron(self.config.width, self.encoder[-1].out_features)
+        self.hyper = Hypernetwork(self.config)
+
+    def gate(self, e, h_before):
+        """β_t = f_switch(e_t, h_{t−1})  (Eq. 16): normalised residuals [..., C], [..., n_h] → [...]"""
+        # differs from the paper: the gate does not see z_{t−1}, so that it still fits when codes are new.
+        beta = self.switch(torch.cat([e, h_before], -1))[..., 0].sigmoid()
+        return beta.clamp(min=float(self.config.forced))
+
+    def encode(self, e, h, is_open, length):
+        """Normalised e [B, T+1, C], h [B, T+1, n_h], open gates [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
+        if self.summary is not None:
+            # differs from the paper: s has read o_{T+1}, too.
+            s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, n_s]
+            seen = torch.cat([h, s[:, None].expand(-1, e.shape[1], -1)], -1)
+        else:
+            # differs from the paper: a code is inferred from where its segment ends, the observation at which
+            # the next gate opens. It shows the goal; the way there and its length cannot be read from it.
+            seen = e.gather(1, next_opening(is_open, length)[..., None].expand_as(e))
+        mu, std = self.encoder(seen), self.config.code_std
+        if std > 0:
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
-            # So all cost the same. Were short ones cheaper, codes would say only what the base model does not
-            # know yet, one bit: which of two colours can follow. Such codes never compose.
-            mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - self.code_std ** 2))
-            return mu, torch.full_like(mu, math.log(self.code_std)), features
+            # So all cost the same, and what is worth its price is worth holding.
+            mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - std ** 2))
+            return mu, torch.full_like(mu, math.log(std))
         mu, log_sigma = mu.chunk(2, -1)  # Eq. 15
-        return mu, log_sigma.clamp(-6, 3), features  # differs from the paper: ln σ is kept within −6 … 3.
+        return mu, log_sigma.clamp(-6, 3)  # differs from the paper: ln σ is kept within −6 … 3.
 
-    def switch(self, features, z):
-        """β_t = f_switch(e_t, h_{t−1}, z_{t−1})  (Eq. 16): switch_in([e_t, h_{t−1}]) [B, 64], [B, Z] → [B]"""
-        logit = self.switch_out(F.relu(features + self.switch_z(z))).squeeze(-1)
-        return logit.sigmoid().clamp(min=float(self.forced))
-
-    def forward(self, e, length, generator, partner=None, blur=1.0):
+    def forward(self, e, length, generator):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β, gates [B, T+1], μ, ln σ as z"""
-        mu, log_sigma, features = self.propose(self.norm(e), length, partner)
+        e = self.norm(e)
+        h, _ = self.history(e)  # [B, T+1, n_h]
+        beta = self.gate(e, F.pad(h[:, :-1], (0, 0, 1, 0)))  # h_{t−1}, zero at the start
+        beta = F.pad(beta[:, 1:], (1, 0), value=1)  # β_1 = 1
+        draw = torch.rand(beta.shape, generator=generator, device=beta.device) if self.training else THRESHOLD
+        is_open = beta > draw
+        mu, log_sigma = self.encode(e, h, is_open, length)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
-        threshold = torch.full(mu.shape[:2], THRESHOLD, device=mu.device)
-        if self.training:
-            threshold = torch.rand(threshold.shape, generator=generator, device=mu.device)
-        proposal = mu + blur * log_sigma.exp() * noise  # Eq. 14
-        z, beta = [proposal[:, 0]], [torch.ones(len(e), device=e.device)]  # β_1 = 1
-        gates = beta[:]
+        proposal = mu + log_sigma.exp() * noise  # Eq. 14
+        # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
+        gates = is_open.float() + beta - beta.detach() if self.config.code_std > 0 else beta
+        z = [proposal[:, 0]]
         for t in range(1, e.shape[1]):
-            beta.append(self.switch(features[:, t], z[-1]))
-            # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
-            hard = (beta[-1] > threshold[:, t]).float()
-            gates.append(hard + beta[-1] - beta[-1].detach() if self.code_std > 0 else beta[-1])
-            z.append(integrate(gates[-1], proposal[:, t], z[-1]))
-        return torch.stack(z, 1), torch.stack(beta, 1), torch.stack(gates, 1), mu, log_sigma
+            z.append(integrate(gates[:, t], proposal[:, t], z[-1]))
+        return torch.stack(z, 1), beta, gates, mu, log_sigma
 
 
 def meta_input(config, base, observation):
@@ -594,31 +604,21 @@ def meta_input(config, base, observation):
     return base.embed(observation) if config.read_embedding else base.lower(observation)
 
 
-def two_worlds(config, base, batch, generator):
-    """What discovery needs of the frozen base model: e [B, T+1, C] of the trajectories, from which codes are
-    inferred; image, the trajectories in which they are decoded, their e_{t,l} [B, T, C]; partner or None."""
-    # differs from the paper: codes are decoded in a mirror image of the world: "go up" explains nothing.
-    image = mirrored(config, batch, generator) if config.mirror else batch
+def discovery_loss(config, base, meta, batch, generator, mirror=False):
+    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Only the
+    upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
+    # differs from the paper: codes may be decoded in a mirror image of their world: "go up" explains nothing.
+    image = mirrored(config, batch, generator) if mirror else batch
     with torch.no_grad(), torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         e = meta_input(config, base, batch.observation).float()
         e_image = base.lower(image.observation)[:, :-1].float()
-    # differs from the paper (ant): s is of another trajectory with the same visits: weak supervision by task.
-    places = config.module.places(batch.observation, config.size) if config.swap else None
-    partner = gridworld.same_visits(places, config.colours, batch.length) if config.swap else None
-    return e, e_image, image, partner
-
-
-def discovery_loss(config, base, meta, worlds, generator, blur=1.0):
-    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action; of the
-    `two_worlds`. Only the upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
-    e, e_image, image, partner = worlds
-    z, beta, gates, mu, log_sigma = meta(e, image.length, generator, partner, blur)
+    z, beta, gates, mu, log_sigma = meta(e, batch.length, generator)
     with torch.autocast(e.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         nll = action_loss(config, base.upper(meta.hyper(e_image, z[:, :-1])), image)
     kl = kl_to_standard_normal(mu, log_sigma)
     if config.code_std > 0:
-        kl = kl * gates  # differs from the paper: a proposal that no gate takes is free, see `propose`.
-    kl = kl[:, :-1][image.valid].mean()
+        kl = kl * gates  # differs from the paper: a proposal that no gate takes is free.
+    kl = kl[:, :-1][batch.valid].mean()
     return nll + meta.alpha * kl, nll, kl, beta
 
 
@@ -630,61 +630,53 @@ def hold_rate(alpha, kl, rate):
     alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
-def discover(run, base):
-    """Stage 4: the metacontroller learns codes and gates from unlabelled D* (Fig. 5, 6)."""
-    # differs from the paper: candidates train for a third of the steps; the one with the lowest nll goes on.
-    # From some initial weights codes never come into use, or say how far away the goal is: both explain less.
-    config, generator = run.config, run.generator("discover")
-    candidates, third = config.candidates, config.discover_steps // 3
+def learn_gates(run, base):
+    """Stage 4, first part: when to switch. The whole metacontroller learns from unlabelled D* (Fig. 5); its
+    gates are kept, its codes say which way to go and are not. Returns it."""
+    config, generator = run.config, run.generator("gates")
     torch.manual_seed(config.seed)
-    metas = nn.ModuleList(Metacontroller(config) for _ in range(candidates)).to(run.device)
-    best = lambda: min(range(candidates), key=lambda k: metas[k].nll.item())
-    print(f"discover: {sum(p.numel() for p in metas[0].parameters()):,} parameters", flush=True)
-    # differs from the paper: f_hyp learns faster than encoder and gates, so that it finds the map to a goal
-    # before the encoder settles for what is easier to use, the distance to it.
-    fast = [p for meta in metas for p in meta.hyper.parameters()]
-    rest = [p for name, p in metas.named_parameters() if ".hyper." not in name]
-    groups = [dict(params=fast, pace=config.hyper_lr / config.discover_lr), dict(params=rest)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.control_decay)
+    meta = Metacontroller(config).to(run.device)
+    print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    steps = (candidates - 1) * third + config.discover_steps
-    for step in run.steps("discover", steps, generator, optimizer, reports=candidates + 2, metas=metas):
-        turn = min(step.number // third, candidates)
-        k = turn if turn < candidates else best()
-        meta, number = metas[k], step.number - min(turn, candidates - 1) * third  # number: of its own steps
-        worlds = two_worlds(config, base, data.batch(min(1, number / config.discover_steps)), generator)
-        loss, nll, kl, beta = discovery_loss(config, base, meta, worlds, generator)
-        descend(loss, optimizer, learning_rate(config, config.discover_lr, number, config.discover_steps))
-        if turn < candidates:
-            meta.nll.lerp_(nll.detach(), 0.01)
+    for step in run.steps("gates", config.gate_steps, generator, optimizer, meta=meta):
+        batch = data.batch(step.progress)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator)
+        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
         if config.rate > 0:
             hold_rate(meta.alpha, kl, config.rate)
-        step.log(candidate=k, loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
-                 beta=beta[:, 1:-1][worlds[2].valid[:, 1:]].mean())
+        step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
+                 beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
+        if step.due:
+            step.log(**inspect_gates(run, base, meta))
+    return meta.requires_grad_(False).eval()
+
+
+def learn_codes(run, base, meta):
+    """Stage 4, second part: what to send. Gates stay as they are; encoder and f_hyp are new. Returns meta."""
+    # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
+    # red one", and comes first; gates come out right all the same. Now codes get an input and a world (see
+    # `encode`, `discovery_loss`) in which only a goal helps, and no price: the gates limit how many are sent.
+    config, generator = run.config, run.generator("codes")
+    if config.code_steps == 0:
+        return meta
+    torch.manual_seed(config.seed)
+    meta.forget_codes()
+    new = nn.ModuleDict(dict(encoder=meta.encoder, hyper=meta.hyper)).to(run.device)
+    optimizer = torch.optim.AdamW(new.parameters(), weight_decay=config.control_decay)
+    data = ExpertData(run, config.discover_batch, 0.0, generator)
+    for step in run.steps("codes", config.code_steps, generator, optimizer, reports=3, codes=new):
+        _, nll, _, _ = discovery_loss(config, base, meta, data.batch(1.0), generator, config.mirror)
+        descend(nll, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
+        step.log(loss=nll, nll=nll)
         if step.due:
             step.log(**inspect_codes(run, base, meta)[0])
-    return renew(run, base, metas[best()].requires_grad_(False).eval())
-
-
-def renew(run, base, meta):
-    """Stage 4, second part: f_hyp is learned anew, while codes and gates stay as they are."""
-    # differs from the paper: the first f_hyp learned while codes said little and were blurred by noise, so it
-    # leans on what the base model believes. The new one learns as LabelledControllers do, from codes whose
-    # noise starts at σ, so that nearby codes share a map, and falls to 0, so that each gets its own at last.
-    config, generator = run.config, run.generator("renew")
-    if config.renew_steps > 0:
-        torch.manual_seed(config.seed)
-        meta.hyper = Hypernetwork(config).to(run.device)
-        optimizer = torch.optim.AdamW(meta.hyper.parameters(), weight_decay=config.control_decay)
-        data = ExpertData(run, config.discover_batch, 0.0, generator)
-        for step in run.steps("renew", config.renew_steps, generator, optimizer, reports=3, hyper=meta.hyper):
-            worlds = two_worlds(config, base, data.batch(1.0), generator)
-            _, nll, _, _ = discovery_loss(config, base, meta, worlds, generator, blur=1 - step.progress)
-            descend(nll, optimizer, learning_rate(config, config.hyper_lr, step.number, step.count))
-            step.log(loss=nll, nll=nll)
-            if step.due:
-                step.log(**inspect_codes(run, base, meta)[0])
     return meta.requires_grad_(False)
+
+
+def discover(run, base):
+    """Stage 4: the metacontroller learns gates, then codes (Fig. 5, 6)."""
+    return learn_codes(run, base, learn_gates(run, base))
 
 # ============================================================================== Chapter 5 · internal RL
 # You should see `success` leave zero after 15 to 80 thousand episodes; untuned, the baseline's stays there.
@@ -702,7 +694,7 @@ class CodeIntervention:
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
         h = self.h[now.games]  # h_{t−1}
-        beta = self.meta.switch(self.meta.switch_in(torch.cat([x, h], -1)), self.z[now.games])  # Eq. 16
+        beta = self.meta.gate(x, h)  # Eq. 16
         is_open = (beta > THRESHOLD) & (not self.hold) | (now.t == 0)  # β_1 = 1
         self.h[now.games] = self.meta.history(x[:, None], h[None])[1][0]  # Eq. 12
         at = is_open.nonzero()[:, 0]
@@ -855,7 +847,7 @@ def raw_rl(run, base):
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"],
-    "discover": ["pretrain"], "renew": ["pretrain", "discover"], "rl": ["pretrain", "discover", "renew"],
+    "gates": ["pretrain"], "codes": ["pretrain", "gates"], "rl": ["pretrain", "gates", "codes"],
     "raw": ["pretrain"]}
 EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
     "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
@@ -1154,19 +1146,23 @@ def composition_scores(config, matrix):
 
 
 @torch.no_grad()
-def inspect_codes(run, base, meta):
-    """Gates and codes on held-out trajectories: precision, recall, what codes mean, and do when held. →
-    (numbers, the composition matrix of one code a subgoal)"""
-    config, batch = run.config, run.held_out()
-    e, proposals = meta_input(config, base, batch.observation), run.evaluation("proposals")
-    training = meta.training
-    _, beta, _, mu, _ = meta.eval()(e, batch.length, proposals)
+def inspect_gates(run, base, meta):
+    """Gates and codes on held-out trajectories: precision, recall, and what codes mean."""
+    config, batch, training = run.config, run.held_out(), meta.training
+    e = meta_input(config, base, batch.observation)
+    _, beta, _, mu, _ = meta.eval()(e, batch.length, run.evaluation("proposals"))
     meta.train(training)
     precision, recall = gate_scores(beta, batch, config.tolerance)
+    return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch)}
+
+
+@torch.no_grad()
+def inspect_codes(run, base, meta):
+    """`inspect_gates`, and what codes do when held. → (numbers, composition matrix of one code a subgoal)"""
     codes = one_code_each(run, base, meta)
     matrix = composition(run, base, lambda e, subgoal: meta.hyper(e, codes[subgoal]))
-    return {"gate_precision": precision, "gate_recall": recall, **code_scores(config, mu, beta, batch),
-            **held_share(run, base, meta), **composition_scores(config, matrix)}, matrix
+    return {**inspect_gates(run, base, meta), **held_share(run, base, meta),
+            **composition_scores(run.config, matrix)}, matrix
 
 # ============================================================================================== Figures
 
@@ -1273,7 +1269,7 @@ def bench(run):
     """Time of a discovery step and a cached acting step (64 trajectories of 32 steps on the paper's grid, 4
     blocks of 128), and of a million steps of the batched environment (8,192 games of 5×5), on one thread."""
     torch.set_num_threads(1)
-    config = configure("gridworld", "quick", size=7, colours=8, walls=4, view="absolute", mirror=False)
+    config = configure("gridworld", "quick", size=7, colours=8, walls=4, view="absolute")
     generator, device = run.evaluation("held-out trajectories"), run.device
     integers = lambda below, *shape: torch.randint(below, shape, generator=generator, device=device)
     base, meta = Base(config).to(device).requires_grad_(False), Metacontroller(config).to(device)
@@ -1283,8 +1279,7 @@ def bench(run):
     actions = integers(4, 100, 8192)
 
     def discovery_step():
-        worlds = two_worlds(config, base, batch, generator)
-        descend(discovery_loss(config, base, meta, worlds, generator)[0], optimizer, 1e-3)
+        descend(discovery_loss(config, base, meta, batch, generator)[0], optimizer, 1e-3)
 
     @torch.no_grad()
     def acting_steps():

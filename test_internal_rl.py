@@ -395,9 +395,11 @@ def test_losses_ignore_padding(base, meta, batch):
     for a, b in zip(rl.pretraining_loss(CONFIG, base, batch), rl.pretraining_loss(CONFIG, base, longer)):
         assert torch.allclose(a, b, atol=1e-6)
     with torch.no_grad():
-        one, two = (meta.propose(meta.norm(base.lower(x.observation)), x.length) for x in (batch, longer))
-    for a, b in zip(one, two):
-        assert torch.allclose(a, b[:, :a.shape[1]], atol=1e-5)
+        for forget in (lambda: None, meta.forget_codes):
+            forget()
+            one, two = (meta.eval()(base.lower(x.observation), x.length, generator()) for x in (batch, longer))
+            for a, b in zip(one[1:], two[1:]):  # z differs, because its noise does
+                assert torch.allclose(a, b[:, :a.shape[1]], atol=1e-5)
 
 
 def test_next_observation_loss_against_a_loop(base, batch):
@@ -420,8 +422,7 @@ def test_zero_control_leaves_the_base_unchanged(base, meta, batch):
         meta.alpha.zero_()
     assert torch.equal(meta.hyper(e, torch.randn(*e.shape[:2], 4)), e)
     assert torch.equal(rl.LabelledControllers(CONFIG)(e[:, :-1], batch.subgoal), e[:, :-1])
-    worlds = rl.two_worlds(replace(CONFIG, mirror=False), base, batch, generator())
-    loss, nll, _, _ = rl.discovery_loss(replace(CONFIG, mirror=False), base, meta, worlds, generator())
+    loss, nll, _, _ = rl.discovery_loss(CONFIG, base, meta, batch, generator())
     expected = rl.action_loss(CONFIG, base(batch.observation[:, :-1]), batch).item()
     assert loss.item() == pytest.approx(expected, abs=1e-6) and nll.item() == pytest.approx(expected, abs=1e-6)
 
@@ -480,20 +481,44 @@ def test_gate_replaces_and_holds():
     assert torch.allclose(mixed[2], 0.25 * proposal[2] + 0.75 * z[2])
 
 
-def test_gate_is_causal_and_reads_the_integrated_code_while_the_encoder_sees_the_future(base, meta, batch):
+def test_gate_is_causal_and_the_encoders_see_the_future(base, meta, batch):
+    meta.eval()
     with torch.no_grad():
-        e = meta.norm(base.lower(batch.observation))
+        e = base.lower(batch.observation)
         changed = e.clone()
-        changed[torch.arange(24), batch.length] += 3
-        mu, _, features = meta.propose(e, batch.length)
-        mu_changed, _, features_changed = meta.propose(changed, batch.length)
-        shortest = int(batch.length.min())
-        assert torch.equal(features[:, :shortest], features_changed[:, :shortest])
-        assert (mu[:, 0] - mu_changed[:, 0]).abs().amax(1).min() > 1e-5
-        z, beta, _, _, _ = meta(base.lower(batch.observation), batch.length, generator())
-        assert (beta[:, 0] == 1).all()
-        assert torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3]), atol=1e-6)
-        assert not torch.allclose(beta[:, 4], meta.switch(features[:, 4], z[:, 3] + 1), atol=1e-4)
+        changed[torch.arange(24), batch.length] += torch.randn(32)
+        for forget in (lambda: None, meta.forget_codes):
+            forget()
+            _, beta, _, mu, _ = meta(e, batch.length, generator())
+            _, beta_changed, _, mu_changed, _ = meta(changed, batch.length, generator())
+            assert (beta[:, 0] == 1).all() and len(beta[:, 1:].unique()) > 100
+            last = batch.length[:, None] - 1  # the last step that acts, before the observation that was changed
+            before = torch.arange(beta.shape[1]) <= last
+            assert torch.equal(beta[before], beta_changed[before]) and not torch.equal(beta, beta_changed)
+            assert (mu.gather(1, last[..., None].expand(-1, -1, 4)) - mu_changed.gather(1, last[..., None].expand(-1, -1, 4))).abs().amax((1, 2)).min() > 1e-5
+
+
+def test_next_opening_against_a_loop():
+    length, is_open = torch.randint(1, 12, (40,), generator=generator()), torch.rand(40, 13, generator=generator()) < 0.3
+    found = rl.next_opening(is_open, length)
+    for i, last in enumerate(length.tolist()):
+        for t in range(13):
+            later = [u for u in range(t + 1, last) if is_open[i, u]]
+            assert found[i, t] == (later[0] if later else last)
+
+
+def test_a_code_is_inferred_from_the_end_of_its_segment_and_nothing_else(base, meta, batch):
+    """Whatever happens elsewhere changes no code, and all steps of a segment propose the same one."""
+    meta.forget_codes()
+    e = meta.norm(base.lower(batch.observation)).detach()
+    encode = lambda e: meta.encode(e, None, is_open, batch.length)[0]
+    is_open = torch.rand(e.shape[:2], generator=generator()) < 0.3
+    end = rl.next_opening(is_open, batch.length)
+    mu = encode(e)
+    elsewhere = torch.ones(e.shape[:2], dtype=torch.bool).scatter(1, end, False)
+    assert torch.equal(encode(torch.where(elsewhere[..., None], torch.randn_like(e), e)), mu)
+    same = end[:, 1:] == end[:, :-1]
+    assert torch.equal(mu[:, 1:][same], mu[:, :-1][same]) and same.any() and not same.all()
 
 
 @pytest.mark.parametrize("read_embedding", [False, True])
@@ -518,10 +543,13 @@ def test_gradient_reaches_every_trainable_and_no_frozen_parameter(base, meta, ba
     for config in (CONFIG, replace(CONFIG, **PAPER)):
         meta = rl.Metacontroller(config)
         meta.alpha.fill_(0.1)
-        loss, nll, kl, _ = rl.discovery_loss(config, base, meta, rl.two_worlds(config, base, batch, generator()), generator())
-        assert loss.item() == pytest.approx(nll.item() + 0.1 * kl.item(), rel=1e-6)
-        loss.backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
+        for mirror in (False, True):
+            loss, nll, kl, _ = rl.discovery_loss(config, base, meta, batch, generator(), mirror)
+            assert loss.item() == pytest.approx(nll.item() + 0.1 * kl.item(), rel=1e-6)
+            loss.backward()
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in meta.parameters())
+            meta.zero_grad()
+            meta.forget_codes()
         assert all(p.grad is None for p in base.parameters())
 
 
@@ -529,11 +557,11 @@ def test_gradient_reaches_every_trainable_and_no_frozen_parameter(base, meta, ba
 def test_kl_is_charged_where_codes_are_sent_or_everywhere_as_in_the_paper(changes, base, batch):
     config = replace(CONFIG, **changes)
     torch.manual_seed(1)
-    meta, worlds = rl.Metacontroller(config), rl.two_worlds(config, base, batch, generator())
+    meta = rl.Metacontroller(config)
     with torch.no_grad():
-        meta.switch_out.bias += 2  # so that some gates open
-        _, nll, kl, beta = rl.discovery_loss(config, base, meta, worlds, generator(5))
-        z, _, gates, mu, log_sigma = meta(worlds[0], batch.length, generator(5))
+        meta.switch[-1].bias += 2  # so that some gates open
+        _, nll, kl, beta = rl.discovery_loss(config, base, meta, batch, generator(5))
+        z, _, gates, mu, log_sigma = meta(rl.meta_input(config, base, batch.observation), batch.length, generator(5))
     total, opened = 0.0, 0
     for i, length in enumerate(batch.length.tolist()):
         for t in range(length):
@@ -565,16 +593,16 @@ def test_gates_are_drawn_in_training_only_and_pass_gradients_as_if_they_were_bet
         return meta(e, batch.length, generator(seed))[1:3]
     beta, drawn = gates(0)
     assert not torch.equal(drawn, gates(1)[1])
-    shares = torch.stack([gates(seed)[1][:, 1] for seed in range(200)]).mean(0)  # step 1: β does not depend on earlier gates
+    shares = torch.stack([gates(seed)[1][:, 1] for seed in range(200)]).mean(0)
     seen = torch.stack([gates(seed)[0][:, 1] for seed in range(200)]).mean(0)
     assert (shares - seen).abs().mean() < 0.03
-    parameters = list(meta.switch_in.parameters())
+    parameters = list(meta.switch.parameters())
     ours, theirs = (torch.autograd.grad(x[:, 1].sum(), parameters, retain_graph=True) for x in (drawn, beta))
     assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(ours, theirs))
     meta.eval()
     beta, hard = gates(0)
     assert torch.equal(hard[:, 1:], (beta[:, 1:] > rl.THRESHOLD).float())
-    meta.forced = True
+    meta.config = replace(CONFIG, forced=True)
     assert (gates(0)[0] == 1).all() and (gates(0)[1] == 1).all()
 
 
@@ -590,52 +618,24 @@ def test_alpha_follows_the_rate():
         assert alpha.item() == pytest.approx(bound)
 
 
-def test_renewal_trains_a_new_hypernetwork_and_nothing_else(base, tmp_path):
-    config = replace(CONFIG, renew_steps=16, discover_batch=8)
+def test_codes_are_learned_anew_and_gates_stay(base, tmp_path):
+    """The second part replaces encoder and f_hyp and touches nothing else."""
+    config = replace(CONFIG, code_steps=16, discover_batch=8)
     run, meta = rl.Run(config, tmp_path, torch.device("cpu")), rl.Metacontroller(config)
     base.requires_grad_(False)
+    meta.requires_grad_(False).eval()
     before = {name: value.clone() for name, value in meta.state_dict().items()}
-    after = rl.renew(run, base, meta.requires_grad_(False).eval()).state_dict()
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if name.startswith("hyper.")}
-    untouched = rl.renew(rl.Run(replace(config, renew_steps=0), tmp_path / "none", torch.device("cpu")), base, meta).state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in untouched.items())
-
-
-def test_the_hypernetwork_learns_at_its_own_pace(base, tmp_path, monkeypatch):
-    config, rates = replace(CONFIG, candidates=2, discover_steps=48, renew_steps=0, discover_batch=8, hyper_lr=1e-2), {}
-    descend = rl.descend
-
-    def spy(loss, optimizer, lr):
-        descend(loss, optimizer, lr)
-        rates.update({p: group["lr"] / lr for group in optimizer.param_groups for p in group["params"]})
-
-    monkeypatch.setattr(rl, "descend", spy)
-    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
-    meta = rl.discover(rl.Run(config, tmp_path, torch.device("cpu")), base.requires_grad_(False))
-    assert len(rates) == 2 * len(list(meta.parameters()))
-    for name, p in meta.named_parameters():
-        assert rates[p] == pytest.approx(1e-2 / config.discover_lr if name.startswith("hyper.") else 1), name
-
-
-def test_the_candidate_with_the_lowest_nll_goes_on(base, tmp_path, monkeypatch):
-    config = replace(CONFIG, candidates=3, discover_steps=96, renew_steps=0, discover_batch=8)
-    run, loss, trained, losses = rl.Run(config, tmp_path, torch.device("cpu")), rl.discovery_loss, [], []
-
-    def spy(config, base, meta, *rest):
-        trained.append(meta)
-        out = loss(config, base, meta, *rest)
-        losses.append(out[1].item())
-        return out
-
-    monkeypatch.setattr(rl, "discovery_loss", spy)
-    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
-    chosen = rl.discover(run, base.requires_grad_(False))
-    first = trained[:96:32]
-    assert len(set(first)) == 3 and trained == [meta for meta in [*first, chosen, chosen] for _ in range(32)]
-    weights = 0.01 * 0.99 ** torch.arange(31, -1, -1)
-    score = torch.tensor(losses[:96]).view(3, 32) @ weights
-    assert chosen is first[score.argmin()] and torch.allclose(torch.stack([meta.nll for meta in first]), score, atol=1e-5)
+    untouched = rl.learn_codes(rl.Run(replace(config, code_steps=0), tmp_path / "none", torch.device("cpu")), base, meta).state_dict()
+    assert untouched.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in untouched.items())
+    after = rl.learn_codes(run, base, meta)
+    learned = {name: value.clone() for name, value in after.state_dict().items()}
+    kept = {name for name, value in after.state_dict().items() if name in before and before[name].shape == value.shape and torch.equal(value, before[name])}
+    assert kept == {name for name in before if not name.startswith(("hyper.", "encoder.", "summary."))} and after.summary is None
+    assert {name for name, _ in after.named_parameters()} >= {"encoder.0.weight", "hyper.read"}
+    torch.manual_seed(config.seed)
+    meta.forget_codes()  # what it began with: all of it has learned
+    for name, value in meta.state_dict().items():
+        assert torch.equal(value, learned[name]) == (not name.startswith(("hyper.", "encoder."))), name
 
 
 def test_kl_against_torch():
@@ -656,30 +656,23 @@ def test_mirrored_trajectories_still_obey_the_rules(batch):
         assert torch.equal(to, agent[:, t + 1])
 
 
-@pytest.mark.parametrize("mirror,read_embedding,swap", [(m, r, s) for m in (False, True) for r in (False, True) for s in (False, True)])
-def test_codes_are_inferred_in_one_world_and_decoded_in_another(mirror, read_embedding, swap, base, batch):
-    config = replace(CONFIG, mirror=mirror, read_embedding=read_embedding, swap=swap)
-    e, e_image, image, partner = rl.two_worlds(config, base, batch, generator(3))
-    expected = rl.mirrored(config, batch, generator(3)) if mirror else batch
-    assert torch.equal(image.observation, expected.observation) and torch.equal(image.action, expected.action)
-    assert torch.equal(image.observation, batch.observation) == (not mirror) and image.length is batch.length
-    assert torch.equal(e, base.embed(batch.observation) if read_embedding else base.lower(batch.observation))
-    assert torch.allclose(e_image, base.lower(image.observation)[:, :-1], atol=1e-6) and not e_image.requires_grad
-    assert (partner is None) == (not swap)
-    assert not swap or torch.equal(partner, gridworld.same_visits(batch.observation, 4, batch.length))
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("read_embedding", [False, True])
+def test_codes_are_inferred_in_one_world_and_decoded_in_another(mirror, read_embedding, base, meta, batch, monkeypatch):
+    config, seen = replace(CONFIG, read_embedding=read_embedding, bf16=False), []
+    forward, upper = meta.forward, base.upper
+    monkeypatch.setattr(meta, "forward", lambda e, *rest: (seen.append(e), forward(e, *rest))[1])
+    monkeypatch.setattr(meta.hyper, "forward", lambda e, z: (seen.append(e), e)[1])
+    with torch.no_grad():
+        _, nll, _, _ = rl.discovery_loss(config, base, meta, batch, generator(3), mirror)
+        image = rl.mirrored(config, batch, generator(3)) if mirror else batch
+        assert torch.equal(image.observation, batch.observation) == (not mirror)
+        assert torch.equal(seen[0], base.embed(batch.observation) if read_embedding else base.lower(batch.observation))
+        assert torch.allclose(seen[1], base.lower(image.observation)[:, :-1], atol=1e-6)
+        assert nll.item() == pytest.approx(rl.action_loss(config, base(image.observation[:, :-1]), image).item(), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- RL
-
-def test_partners_visit_the_same_colours():
-    grid, world = rl.configure("gridworld", "quick", walls=2), rl.configure("ant", "tiny")
-    ants = ant.expert_batch(world, 96, generator())
-    for config, batch in ((grid, gridworld.expert_batch(grid, 96, generator())), (world, ants), (world, ant.thinned(replace(world, thin=1e-6), ants, 0.0, generator()))):
-        partner = gridworld.same_visits(config.module.places(batch.observation, config.size), config.colours, batch.length)
-        visits = [torch.unique_consecutive(batch.subgoal[i, :int(batch.length[i])]).tolist() for i in range(len(partner))]
-        assert all(visits[i] == visits[j] for i, j in enumerate(partner.tolist())) and sorted(partner.tolist()) == list(range(len(partner)))
-        assert all((i == j) == (visits.count(visits[i]) == 1) for i, j in enumerate(partner.tolist()))
-
 
 @pytest.mark.parametrize("subgoals,task,order", [("singles", "0-1-3", [0, 1, 3]), ("pairs", "0-1-6-7-2", [0, 0, 3, 3, 1])])
 def test_labels_follow_the_visits(subgoals, task, order):
@@ -695,7 +688,7 @@ def test_labels_follow_the_visits(subgoals, task, order):
 def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
     torch.manual_seed(2)
     policy, meta = rl.Policy(CONFIG), copy.deepcopy(meta)
-    meta.switch_out.bias.data.zero_()  # some gates open, others do not
+    meta.switch[-1].bias.data.fill_(-0.5)  # some gates open, others do not
     layouts = gridworld.draw_layouts(64, 5, 4, 2, generator())
     actor = rl.PolicyActor(CONFIG, policy, 64, 0.7, generator(1))
     control = rl.CodeIntervention(CONFIG, meta, actor, 64)
@@ -1300,8 +1293,8 @@ def refused(capsys, *arguments):
     return error
 
 
-SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--discover-steps", 32,
-         "--renew-steps", 16, "--evaluation", 32)
+SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--gate-steps", 48,
+         "--code-steps", 32, "--evaluation", 32)
 
 
 @pytest.fixture(scope="module")
@@ -1317,20 +1310,20 @@ def test_tiny_run_end_to_end(finished, tmp_path, capsys):
     assert "token-level" in done.stdout
     shutil.copytree(folder, tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "discover.pt", "renew.pt", "rl.pt", "raw.pt",
+    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt",
                      "gates.png", "probe.png", "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
-    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, discover=48, renew=16, rl=4, raw=4)
+    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, gates=48, codes=32, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     rl.main([*map(str, SMALL), "--out", str(tmp_path / "run")])
     assert capsys.readouterr().out.count("reused") == 7
     assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
     assert "width=32" in refused(capsys, *SMALL, "--width", 64, "--out", tmp_path / "run")
     assert "rl_lr" in refused(capsys, *SMALL, "--rl-lr", 0.5, "--stage", "steer", "--out", tmp_path / "run")
-    (tmp_path / "run/discover.pt").write_bytes(before["discover.pt"][:1000])
-    assert "discover.pt cannot be read" in refused(capsys, *SMALL, "--out", tmp_path / "run")
+    (tmp_path / "run/gates.pt").write_bytes(before["gates.pt"][:1000])
+    assert "gates.pt cannot be read" in refused(capsys, *SMALL, "--out", tmp_path / "run")
 
 
 def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path, capsys):
@@ -1356,7 +1349,7 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert "raw-action" in done.stdout and "token-level" not in done.stdout
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "discover.pt", "renew.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
+    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
                      "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
@@ -1371,7 +1364,7 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
 def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
     monkeypatch.setitem(gridworld.LOOK, "trajectories", 64)
-    config = rl.configure("gridworld", "tiny", pretrain_steps=48, discover_steps=48, renew_steps=32, rl_episodes=768, probe_steps=32, steer_steps=32,
+    config = rl.configure("gridworld", "tiny", pretrain_steps=48, gate_steps=48, code_steps=32, rl_episodes=768, probe_steps=32, steer_steps=32,
                           evaluation=32)
 
     def everything(run):
@@ -1395,7 +1388,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
         except SystemExit as stopped:
             assert stopped.code == 130
             stops += 1
-    assert stops == 19 and found == expected  # one after each round
+    assert stops == 18 and found == expected  # one after each round
     for stage in rl.STAGES:
         a, b = whole.load(stage), parts.load(stage)
         assert a.keys() == b.keys() and a["steps"] == b["steps"]
