@@ -1100,17 +1100,20 @@ def held_share(run, base, meta):
 
 
 def one_code_each(run, base, meta):
-    """A code per subgoal, found by playing: a cross-entropy search for codes that, held, reach its (first)
-    colour first. Needs no hidden label either. → [K, Z]"""
-    generator, size = run.evaluation("search"), gridworld.SUBGOAL_SIZE[run.config.subgoals]
-    layouts = run.layouts(run.few, "find layouts")
-    mean, std = torch.zeros(gridworld.SUBGOALS, 1, run.config.n_z, device=run.device), 1.0
+    """A code per subgoal, found by playing: a cross-entropy search for codes that, held, attain it. Needs no
+    hidden label either. → [K, Z]"""
+    config, generator, n, count = run.config, run.evaluation("search"), run.few, gridworld.SUBGOALS
+    layouts = run.layouts(n, "find layouts")[torch.arange(n).repeat(count * 32)]
+    tasks = torch.arange(count * gridworld.SUBGOAL_SIZE[config.subgoals]).view(count, -1)
+    mean, std = torch.zeros(count, 1, config.n_z, device=run.device), 1.0
     for _ in range(4):
-        noise = torch.randn(len(mean), 32, mean.shape[-1], generator=generator, device=run.device)
+        noise = torch.randn(count, 32, config.n_z, generator=generator, device=run.device)
         codes = mean + std * noise  # [K, 32, Z]
-        reached = held_codes(run, base, meta, codes.flatten(0, 1), layouts, generator)  # [K·32, O+1]
-        own = torch.stack([reached.view(len(mean), 32, -1)[k, :, k * size] for k in range(len(mean))])
-        best = codes.gather(1, own.topk(6).indices[..., None].expand(-1, -1, mean.shape[-1]))
+        each = codes.flatten(0, 1).repeat_interleave(n, 0)
+        game = new_game(config, layouts, tasks.repeat_interleave(32 * n, 0).to(layouts.agent.device))
+        held = CodeIntervention(config, meta, lambda e, games: each[games], len(each), hold=True)
+        attained = play(config, base, game, generator, held).success.view(count, 32, n).sum(-1)
+        best = codes.gather(1, attained.topk(6).indices[..., None].expand(-1, -1, config.n_z))
         mean, std = best.mean(1, keepdim=True), best.std(1, keepdim=True) + 0.1
     return mean[:, 0]
 
@@ -1523,7 +1526,8 @@ def parse_arguments(arguments):
         f"Internal RL, all stages. In brackets: the quick preset of {world}."))
     parser.error = refuse
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
-                        help="named settings: tiny (a minute), quick (default), paper (a large GPU, days)")
+                        help="named settings: tiny (a minute), quick (default), pairs (the grid's, hours), paper "
+                             "(a large GPU, days)")
     parser.add_argument("--stage", default="all",
                         choices="all pretrain probe steer discover rl controls table bench".split(),
                         help="what to run, after what it builds on; controls: rivals; table: only compare "

@@ -815,16 +815,21 @@ def test_composition_scores_by_hand(task, product):
     assert rl.composition_scores(config, matrix) == pytest.approx(scores)
 
 
-def test_one_code_each_finds_what_reaches_a_colour(base, meta, tmp_path, monkeypatch):
+@pytest.mark.parametrize("subgoals,size", [("singles", 1), ("pairs", 2)])
+def test_one_code_each_finds_what_attains_a_subgoal(subgoals, size, base, meta, tmp_path, monkeypatch):
     centres = torch.tensor([[1.0, 0, 0, 1], [-1, 0, 1, 0], [0, 1, -1, 0], [0, -1, 0, -1]])
 
-    def held_codes(run, base, meta, codes, layouts, generator):
-        near = (-torch.cdist(codes, centres)).exp() * 1000
-        return F.pad(near.long(), (0, 1))
+    def play(config, base, tasks, generator, held):
+        k = tasks[:, 0] // size
+        assert held.hold and torch.equal(tasks, k[:, None] * size + torch.arange(size))
+        distance = (held.choose(None, torch.arange(len(tasks))) - centres[k]).norm(dim=1)
+        return gridworld.Trajectories(None, None, None, (torch.rand(len(k), generator=generator) < (-distance).exp()).float())
 
-    monkeypatch.setattr(rl, "held_codes", held_codes)
-    found = rl.one_code_each(rl.Run(CONFIG, tmp_path, torch.device("cpu")), base, meta)
-    assert (found - centres).norm(dim=1).max() < 0.5 < torch.cdist(centres, centres).fill_diagonal_(9).min()
+    monkeypatch.setattr(rl, "new_game", lambda config, layouts, tasks: tasks)
+    monkeypatch.setattr(rl, "play", play)
+    run = rl.Run(rl.configure("gridworld", "tiny", size=6, colours=8, subgoals=subgoals, evaluation=512), tmp_path, torch.device("cpu"))
+    found = rl.one_code_each(run, base, meta)
+    assert (found - centres).norm(dim=1).max() < 0.6 < torch.cdist(centres, centres).fill_diagonal_(9).min()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- ant
@@ -1524,7 +1529,7 @@ def test_help_names_every_setting(name):
 @pytest.mark.parametrize("name", ["gridworld", "ant"])
 def test_every_default_and_preset_lies_in_its_range(name):
     presets = {preset: rl.configure(name, preset) for preset in rl.load_world(name).PRESETS}
-    assert presets.keys() == {"quick", "tiny", "paper"}
+    assert presets.keys() == {"quick", "tiny", "paper"} | ({"pairs"} if name == "gridworld" else set())
     for preset, config in presets.items():
         rl.check(config)
         assert config.world == name and config.module is {"gridworld": gridworld, "ant": ant}[name]
