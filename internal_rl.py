@@ -27,10 +27,10 @@ Glossary (code name: paper symbol, where)
   e            residual stream e_{t,l} after block l, L/2 or as set      Base.lower, Base.upper    Sec. 1
                (h, s and β read the embedding e_{t,0} unless --no-read-embedding)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
-  h            causal history h_t                                        Metacontroller.history    Eq. 12
+  h            causal history h_t                                        Gate.history              Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
   mu, log_sigma  μ_t, ln √Σ_t (diagonal) of the proposed code            Metacontroller.encode     Eq. 14, 15
-  beta         switch gate β_t (1 = take the proposal, 0 = keep)         Metacontroller.gate       Eq. 16
+  beta         switch gate β_t (1 = take the proposal, 0 = keep)         Gate                      Eq. 16
   z            controller code z_t ∈ R^{n_z}                             integrate                 Eq. 2, 17
   alpha        weight α of the KL to N(0, I)                             discovery_loss            Eq. 3, 9
   next_obs     weight λ of the next-observation loss                     pretraining_loss          Eq. 4, 5
@@ -109,15 +109,15 @@ class Settings:
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
-    gate_steps: int = setting(1600, "gates", "metacontroller, part 1 (when): training steps", 1, 10 ** 8)
-    code_steps: int = setting(2600, "codes", "part 2 (what): encoder and f_hyp anew; 0: not", 0, 10 ** 8)
+    gate_steps: int = setting(1600, "gates", "metacontroller: steps to learn when to switch", 1, 10 ** 8)
+    code_steps: int = setting(2600, "codes", "then what to send; a quarter before; 0: not", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates codes", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates codes", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates codes", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates codes", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
-    mirror: bool = setting(True, "codes", "part 2: decode codes in a mirrored copy of their world")
+    mirror: bool = setting(True, "codes", "decode codes in a mirrored copy of their world (not at first)")
     read_embedding: bool = setting(True, "gates codes", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
@@ -481,8 +481,7 @@ def steer(run, base):
 # and held_share high, R² of direction and distance low. Good gates alone prove little.
 
 N_H, N_S, J = 32, 32, 32  # sizes of history h, summary s, hidden layer of f_hyp (Table A9)
-# differs from the paper: 0.5. A few boundaries missed ruin codes; a few too many do not.
-THRESHOLD = 1 / 3  # a gate is open if its β is above this (in training: above a random number)
+THRESHOLD = 0.5  # a gate is open if its β is above this (in training: above a random number)
 
 
 def integrate(beta, proposal, z):
@@ -528,6 +527,32 @@ def perceptron(inputs, outputs):
     return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, outputs))
 
 
+class Gate(nn.Module):
+    """β_t = f_switch(e_t, h_{t−1}) of normalised residuals (Eq. 12, 16)"""
+    # differs from the paper: the gate does not see z_{t−1}, so that it still fits when codes are new.
+
+    def __init__(self, config):
+        super().__init__()
+        self.history, self.forced = nn.GRU(config.width, N_H, batch_first=True), float(config.forced)
+        self.switch = perceptron(config.width + N_H, 1)
+        # differs from the paper: gates start almost shut, which favours codes worth holding.
+        nn.init.constant_(self.switch[-1].bias, -2)
+
+    def beta(self, e, h_before):
+        """[..., C], [..., n_h] → [...]"""
+        return self.switch(torch.cat([e, h_before], -1))[..., 0].sigmoid().clamp(min=self.forced)
+
+    def forward(self, e):
+        """Whole trajectories, e [B, T+1, C] → β [B, T+1], h [B, T+1, n_h]"""
+        h, _ = self.history(e)
+        beta = self.beta(e, F.pad(h[:, :-1], (0, 0, 1, 0)))  # h_{t−1}, zero at the start
+        return F.pad(beta[:, 1:], (1, 0), value=1), h  # β_1 = 1
+
+    def step(self, e, h):
+        """One step, e_t [n, C], h_{t−1} [n, n_h] → β_t [n], h_t"""
+        return self.beta(e, h), self.history(e[:, None], h[None])[1][0]
+
+
 class Metacontroller(nn.Module):
     """Emits, holds and replaces linear controllers of the frozen base model (App. D.2, Fig. 5)."""
 
@@ -535,33 +560,24 @@ class Metacontroller(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.norm = nn.LayerNorm(width)  # differs from the paper: all but `hyper` reads a normalised e.
-        self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
+        self.gate, self.hyper = Gate(config), Hypernetwork(config)
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
         # differs from the paper: the encoder reads e_t only through h_t.
         self.encoder = perceptron(N_H + N_S, config.n_z if config.code_std > 0 else 2 * config.n_z)
-        self.hyper, self.switch = Hypernetwork(config), perceptron(width + N_H, 1)
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
-            # differs from the paper: gates start almost shut, which favours codes worth holding; s has a long
-            # memory from the start.
-            self.switch[-1].bias.fill_(-2)
-            self.summary.bias_ih_l0[N_S:2 * N_S] += 2
+            self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # differs from the paper: a long memory from the start.
+        self.earlier = None  # the Gate that says where segments end, if it is not `gate`
         self.register_buffer("alpha", torch.tensor(config.alpha))
 
     def forget_codes(self):
-        """For part 2: a new encoder, which reads a segment's end instead of h and s, and a new f_hyp."""
+        """A new encoder, which reads where a segment ends instead of h and s, and a new f_hyp."""
         self.summary, self.encoder = None, perceptron(self.config.width, self.encoder[-1].out_features)
         self.hyper = Hypernetwork(self.config)
 
-    def gate(self, e, h_before):
-        """β_t = f_switch(e_t, h_{t−1})  (Eq. 16): normalised residuals [..., C], [..., n_h] → [...]"""
-        # differs from the paper: the gate does not see z_{t−1}, so that it still fits when codes are new.
-        beta = self.switch(torch.cat([e, h_before], -1))[..., 0].sigmoid()
-        return beta.clamp(min=float(self.config.forced))
-
     def encode(self, e, h, is_open, length):
-        """Normalised e [B, T+1, C], h [B, T+1, n_h], open gates [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
+        """e [B, T+1, C], h [B, T+1, n_h], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         if self.summary is not None:
             # differs from the paper: s has read o_{T+1}, too.
             s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, n_s]
@@ -582,12 +598,11 @@ class Metacontroller(nn.Module):
     def forward(self, e, length, generator):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β, gates [B, T+1], μ, ln σ as z"""
         e = self.norm(e)
-        h, _ = self.history(e)  # [B, T+1, n_h]
-        beta = self.gate(e, F.pad(h[:, :-1], (0, 0, 1, 0)))  # h_{t−1}, zero at the start
-        beta = F.pad(beta[:, 1:], (1, 0), value=1)  # β_1 = 1
+        beta, h = self.gate(e)
         draw = torch.rand(beta.shape, generator=generator, device=beta.device) if self.training else THRESHOLD
         is_open = beta > draw
-        mu, log_sigma = self.encode(e, h, is_open, length)
+        starts = is_open if self.earlier is None else self.earlier(e)[0] > THRESHOLD
+        mu, log_sigma = self.encode(e, h, starts, length)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
         # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
@@ -630,53 +645,61 @@ def hold_rate(alpha, kl, rate):
     alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
-def learn_gates(run, base):
-    """Stage 4, first part: when to switch. The whole metacontroller learns from unlabelled D* (Fig. 5); its
-    gates are kept, its codes say which way to go and are not. Returns it."""
-    config, generator = run.config, run.generator("gates")
-    torch.manual_seed(config.seed)
-    meta = Metacontroller(config).to(run.device)
-    print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=config.control_decay)
+def learn_gates(run, base, meta, stage, count):
+    """When to switch. In the stage "gates" all of the metacontroller learns, in "gates2" only its gate, while
+    the codes that are proposed at each step, which mean goals by now, and their price α stay as they are."""
+    config, generator, first = run.config, run.generator(stage), stage == "gates"
+    meta.earlier = None if first else copy.deepcopy(meta.gate)
+    learner = (meta if first else meta.gate).requires_grad_(True)
+    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps("gates", config.gate_steps, generator, optimizer, meta=meta):
-        batch = data.batch(step.progress)
-        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator)
+    for step in run.steps(stage, count, generator, optimizer, reports=4, learner=learner):
+        batch, mirror = data.batch(step.progress if first else 1.0), config.mirror and not first
+        loss, nll, kl, beta = discovery_loss(config, base, meta.train(), batch, generator, mirror)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
-        if config.rate > 0:
+        if config.rate > 0 and first:
             hold_rate(meta.alpha, kl, config.rate)
         step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_gates(run, base, meta))
-    return meta.requires_grad_(False).eval()
+    meta.earlier = None
+    meta.requires_grad_(False).eval()
 
 
-def learn_codes(run, base, meta):
-    """Stage 4, second part: what to send. Gates stay as they are; encoder and f_hyp are new. Returns meta."""
-    # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
-    # red one", and comes first; gates come out right all the same. Now codes get an input and a world (see
-    # `encode`, `discovery_loss`) in which only a goal helps, and no price: the gates limit how many are sent.
-    config, generator = run.config, run.generator("codes")
-    if config.code_steps == 0:
-        return meta
+def learn_codes(run, base, meta, stage, count):
+    """What to send: the gate stays as it is; encoder and f_hyp are new."""
+    # There is no price now: the gates limit how many codes are sent.
+    config, generator = run.config, run.generator(stage)
     torch.manual_seed(config.seed)
     meta.forget_codes()
-    new = nn.ModuleDict(dict(encoder=meta.encoder, hyper=meta.hyper)).to(run.device)
-    optimizer = torch.optim.AdamW(new.parameters(), weight_decay=config.control_decay)
+    learner = nn.ModuleDict(dict(encoder=meta.encoder, hyper=meta.hyper)).to(run.device)
+    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps("codes", config.code_steps, generator, optimizer, reports=3, codes=new):
+    for step in run.steps(stage, count, generator, optimizer, reports=3, learner=learner):
         _, nll, _, _ = discovery_loss(config, base, meta, data.batch(1.0), generator, config.mirror)
         descend(nll, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
         step.log(loss=nll, nll=nll)
         if step.due:
             step.log(**inspect_codes(run, base, meta)[0])
-    return meta.requires_grad_(False)
+    meta.requires_grad_(False)
 
 
 def discover(run, base):
-    """Stage 4: the metacontroller learns gates, then codes (Fig. 5, 6)."""
-    return learn_codes(run, base, learn_gates(run, base))
+    """Stage 4: gates and codes learn in turns: when, what, when, what (Fig. 5, 6). → metacontroller"""
+    # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
+    # red one", and comes first; gates come out nearly right all the same. With them, codes learn from an input
+    # and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
+    config = run.config
+    torch.manual_seed(config.seed)
+    meta = Metacontroller(config).to(run.device)
+    print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
+    learn_gates(run, base, meta, "gates", config.gate_steps)
+    if config.code_steps > 0:
+        learn_codes(run, base, meta, "codes", math.ceil(config.code_steps / 4))
+        learn_gates(run, base, meta, "gates2", math.ceil(config.gate_steps / 4))
+        learn_codes(run, base, meta, "codes2", config.code_steps)
+    return meta
 
 # ============================================================================== Chapter 5 · internal RL
 # You should see `success` leave zero after 15 to 80 thousand episodes; untuned, the baseline's stays there.
@@ -693,10 +716,8 @@ class CodeIntervention:
 
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
-        h = self.h[now.games]  # h_{t−1}
-        beta = self.meta.gate(x, h)  # Eq. 16
+        beta, self.h[now.games] = self.meta.gate.step(x, self.h[now.games])  # Eq. 12, 16
         is_open = (beta > THRESHOLD) & (not self.hold) | (now.t == 0)  # β_1 = 1
-        self.h[now.games] = self.meta.history(x[:, None], h[None])[1][0]  # Eq. 12
         at = is_open.nonzero()[:, 0]
         if len(at):
             self.z[now.games[at]] = self.choose(now.e[at], now.games[at])
@@ -847,7 +868,9 @@ def raw_rl(run, base):
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"],
-    "gates": ["pretrain"], "codes": ["pretrain", "gates"], "rl": ["pretrain", "gates", "codes"],
+    "gates": ["pretrain"], "codes": ["pretrain", "gates"], "gates2": ["pretrain", "gates", "codes"],
+    "codes2": ["pretrain", "gates", "codes", "gates2"],
+    "rl": ["pretrain", "gates", "codes", "gates2", "codes2"],
     "raw": ["pretrain"]}
 EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
     "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
@@ -1526,7 +1549,7 @@ def parse_arguments(arguments):
         f"Internal RL, all stages. In brackets: the quick preset of {world}."))
     parser.error = refuse
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
-                        help="named settings: tiny (a minute), quick (default), pairs (the grid's, hours), paper "
+                        help="named settings: tiny (a minute), quick (default), pairs (grid, hours), paper "
                              "(a large GPU, days)")
     parser.add_argument("--stage", default="all",
                         choices="all pretrain probe steer discover rl controls table bench".split(),

@@ -559,7 +559,7 @@ def test_kl_is_charged_where_codes_are_sent_or_everywhere_as_in_the_paper(change
     torch.manual_seed(1)
     meta = rl.Metacontroller(config)
     with torch.no_grad():
-        meta.switch[-1].bias += 2  # so that some gates open
+        meta.gate.switch[-1].bias += 2  # so that some gates open
         _, nll, kl, beta = rl.discovery_loss(config, base, meta, batch, generator(5))
         z, _, gates, mu, log_sigma = meta(rl.meta_input(config, base, batch.observation), batch.length, generator(5))
     total, opened = 0.0, 0
@@ -596,13 +596,13 @@ def test_gates_are_drawn_in_training_only_and_pass_gradients_as_if_they_were_bet
     shares = torch.stack([gates(seed)[1][:, 1] for seed in range(200)]).mean(0)
     seen = torch.stack([gates(seed)[0][:, 1] for seed in range(200)]).mean(0)
     assert (shares - seen).abs().mean() < 0.03
-    parameters = list(meta.switch.parameters())
+    parameters = list(meta.gate.switch.parameters())
     ours, theirs = (torch.autograd.grad(x[:, 1].sum(), parameters, retain_graph=True) for x in (drawn, beta))
     assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(ours, theirs))
     meta.eval()
     beta, hard = gates(0)
     assert torch.equal(hard[:, 1:], (beta[:, 1:] > rl.THRESHOLD).float())
-    meta.config = replace(CONFIG, forced=True)
+    meta.gate.forced = 1.0
     assert (gates(0)[0] == 1).all() and (gates(0)[1] == 1).all()
 
 
@@ -618,24 +618,47 @@ def test_alpha_follows_the_rate():
         assert alpha.item() == pytest.approx(bound)
 
 
-def test_codes_are_learned_anew_and_gates_stay(base, tmp_path):
-    """The second part replaces encoder and f_hyp and touches nothing else."""
-    config = replace(CONFIG, code_steps=16, discover_batch=8)
-    run, meta = rl.Run(config, tmp_path, torch.device("cpu")), rl.Metacontroller(config)
-    base.requires_grad_(False)
-    meta.requires_grad_(False).eval()
-    before = {name: value.clone() for name, value in meta.state_dict().items()}
-    untouched = rl.learn_codes(rl.Run(replace(config, code_steps=0), tmp_path / "none", torch.device("cpu")), base, meta).state_dict()
-    assert untouched.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in untouched.items())
-    after = rl.learn_codes(run, base, meta)
-    learned = {name: value.clone() for name, value in after.state_dict().items()}
-    kept = {name for name, value in after.state_dict().items() if name in before and before[name].shape == value.shape and torch.equal(value, before[name])}
-    assert kept == {name for name in before if not name.startswith(("hyper.", "encoder.", "summary."))} and after.summary is None
-    assert {name for name, _ in after.named_parameters()} >= {"encoder.0.weight", "hyper.read"}
+def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
+    """Each part changes what it is for and nothing else: all, then encoder and f_hyp (new), the gate, encoder and f_hyp (new)."""
+    config = replace(CONFIG, gate_steps=32, code_steps=32, discover_batch=8)
+    run, states, parts = rl.Run(config, tmp_path, torch.device("cpu")), [], []
+    copied = lambda meta: {name: value.clone() for name, value in meta.state_dict().items()}
+    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
+    for part in ("learn_gates", "learn_codes"):
+        def spy(run, base, meta, stage, count, part=getattr(rl, part)):
+            states.append(copied(meta))
+            part(run, base, meta, stage, count)
+            parts.append((stage, count))
+            states.append(copied(meta))
+            assert meta.earlier is None and not meta.training and not any(p.requires_grad for p in meta.parameters())
+        monkeypatch.setattr(rl, part, spy)
+    meta = rl.discover(run, base.requires_grad_(False))
+    assert parts == [("gates", 32), ("codes", 8), ("gates2", 8), ("codes2", 32)] and meta.summary is None
+    changed = [{name for name in after if name not in before or before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
+               for before, after in zip(states[::2], states[1::2])]
+    codes = {name for name in states[-1] if name.startswith(("encoder.", "hyper."))}
+    gate = {name for name in states[-1] if name.startswith("gate.")}
+    assert changed == [set(states[0]), codes, gate, codes] and any(name.startswith("summary.") for name in states[0])
+    assert not torch.equal(states[3]["hyper.read"], states[7]["hyper.read"])
     torch.manual_seed(config.seed)
-    meta.forget_codes()  # what it began with: all of it has learned
-    for name, value in meta.state_dict().items():
-        assert torch.equal(value, learned[name]) == (not name.startswith(("hyper.", "encoder."))), name
+    rl.Metacontroller(config)
+    paper = rl.Run(replace(config, code_steps=0), tmp_path / "paper", torch.device("cpu"))
+    paper.folder.mkdir()
+    assert rl.discover(paper, base).summary is not None and len(parts) == 5
+
+
+def test_segments_may_end_where_an_earlier_gate_opened(base, meta, batch):
+    """What is proposed then does not depend on the gate that is being trained."""
+    meta.forget_codes()
+    e = base.embed(batch.observation).detach()
+    meta.earlier = copy.deepcopy(meta.gate)
+    meta.earlier.switch[-1].bias.data.fill_(0.5)
+    _, beta, gates, mu, _ = meta(e, batch.length, generator())
+    starts = meta.earlier(meta.norm(e))[0] > rl.THRESHOLD
+    assert torch.equal(mu, meta.encode(meta.norm(e), None, starts, batch.length)[0]) and not torch.equal(gates > 0.5, starts)
+    meta.gate.switch[-1].bias.data.fill_(-9)
+    _, beta_shut, _, mu_shut, _ = meta(e, batch.length, generator())
+    assert torch.equal(mu, mu_shut) and (beta_shut[:, 1:] < beta[:, 1:]).all()
 
 
 def test_kl_against_torch():
@@ -688,7 +711,7 @@ def test_labels_follow_the_visits(subgoals, task, order):
 def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
     torch.manual_seed(2)
     policy, meta = rl.Policy(CONFIG), copy.deepcopy(meta)
-    meta.switch[-1].bias.data.fill_(-0.5)  # some gates open, others do not
+    meta.gate.switch[-1].bias.data.zero_()  # some gates open, others do not
     layouts = gridworld.draw_layouts(64, 5, 4, 2, generator())
     actor = rl.PolicyActor(CONFIG, policy, 64, 0.7, generator(1))
     control = rl.CodeIntervention(CONFIG, meta, actor, 64)
@@ -1315,12 +1338,12 @@ def test_tiny_run_end_to_end(finished, tmp_path, capsys):
     assert "token-level" in done.stdout
     shutil.copytree(folder, tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt",
+    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "gates2.pt", "codes2.pt", "rl.pt", "raw.pt",
                      "gates.png", "probe.png", "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
-    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, gates=48, codes=32, rl=4, raw=4)
+    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, gates=48, codes=8, gates2=12, codes2=32, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     rl.main([*map(str, SMALL), "--out", str(tmp_path / "run")])
     assert capsys.readouterr().out.count("reused") == 7
@@ -1354,7 +1377,7 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert "raw-action" in done.stdout and "token-level" not in done.stdout
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
+    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "gates2.pt", "codes2.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
                      "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
@@ -1393,7 +1416,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
         except SystemExit as stopped:
             assert stopped.code == 130
             stops += 1
-    assert stops == 18 and found == expected  # one after each round
+    assert stops == 20 and found == expected  # one after each round
     for stage in rl.STAGES:
         a, b = whole.load(stage), parts.load(stage)
         assert a.keys() == b.keys() and a["steps"] == b["steps"]
