@@ -477,8 +477,8 @@ def steer(run, base):
     return controllers
 
 # ================================================================================= Chapter 4 · discover
-# You should see gates that open where the hidden subgoal changes, and codes that mean a colour: goal_accuracy
-# and held_share high, R² of direction and distance low. Good gates alone prove little.
+# You should see gates that open where the hidden subgoal changes, and in the end codes that mean a colour:
+# goal_accuracy and held_share high, R² of direction and distance low. Good gates alone prove little.
 
 N_H, N_S, J = 32, 32, 32  # sizes of history h, summary s, hidden layer of f_hyp (Table A9)
 THRESHOLD = 0.5  # a gate is open if its β is above this (in training: above a random number)
@@ -641,7 +641,7 @@ def hold_rate(alpha, kl, rate):
     """After each step α rises where codes carry more than `rate` nats a step, and falls where less."""
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
-    # same, so the rate limits how often gates open, and what is worth holding for a whole leg is a goal.
+    # same, so the rate limits how often gates open, and they open where a leg begins.
     alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
@@ -702,7 +702,7 @@ def discover(run, base):
     return meta
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see `success` leave zero after 15 to 80 thousand episodes; untuned, the baseline's stays there.
+# You should see `success` leave zero after 4 to 30 thousand episodes; untuned, the baseline's stays there.
 
 class CodeIntervention:
     """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
