@@ -9,7 +9,7 @@ Contents
     1  pretrain        a causal model learns to predict the actions of an expert that pursues hidden subgoals
     2  probe           a linear read-out finds the hidden subgoal in its residual stream
     3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
-    4  discover        without labels, a metacontroller learns when to switch such maps, then what to send
+    4  discover        without labels, a metacontroller learns in turns when to switch such maps and to what
     5  internal RL     a small policy learns from one reward per episode which codes to emit
        the baseline    token-level RL on the same model: PPO on its own actions, as many episodes
     ── nothing below is needed to understand the method ──
@@ -25,7 +25,7 @@ One forward pass
 
 Glossary (code name: paper symbol, where)
   e            residual stream e_{t,l} after block l, L/2 or as set      Base.lower, Base.upper    Sec. 1
-               (h, s and β read the embedding e_{t,0} unless --no-read-embedding)
+               (the metacontroller reads the embedding e_{t,0} unless --no-read-embedding)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
   h            causal history h_t                                        Gate.history              Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
@@ -109,8 +109,8 @@ class Settings:
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
-    gate_steps: int = setting(1600, "gates", "metacontroller: steps to learn when to switch", 1, 10 ** 8)
-    code_steps: int = setting(2600, "codes", "then what to send; a quarter before; 0: not", 0, 10 ** 8)
+    gate_steps: int = setting(1600, "gates", "steps to learn when to switch; later a quarter", 1, 10 ** 8)
+    code_steps: int = setting(2600, "codes", "steps to learn what to send; first a quarter", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates codes", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates codes", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
@@ -517,7 +517,7 @@ class Hypernetwork(nn.Module):
 
 
 def next_opening(is_open, length):
-    """At which step after t does a gate open next? Else at T+1, index `length`: [B, T+1], [B] → [B, T+1]"""
+    """The step after t at which a gate opens next, else `length`, the last: [B, T+1], [B] → [B, T+1]"""
     last = length[:, None].expand_as(is_open)
     opens = torch.where(is_open, torch.arange(is_open.shape[1], device=length.device), last).minimum(last)
     return torch.cat([opens[:, 1:], last[:, :1]], 1).flip(1).cummin(1).values.flip(1)
@@ -539,17 +539,17 @@ class Gate(nn.Module):
         nn.init.constant_(self.switch[-1].bias, -2)
 
     def beta(self, e, h_before):
-        """[..., C], [..., n_h] → [...]"""
+        """[..., C], [..., N_H] → [...]"""
         return self.switch(torch.cat([e, h_before], -1))[..., 0].sigmoid().clamp(min=self.forced)
 
     def forward(self, e):
-        """Whole trajectories, e [B, T+1, C] → β [B, T+1], h [B, T+1, n_h]"""
+        """Whole trajectories, e [B, T+1, C] → β [B, T+1], h [B, T+1, N_H]"""
         h, _ = self.history(e)
         beta = self.beta(e, F.pad(h[:, :-1], (0, 0, 1, 0)))  # h_{t−1}, zero at the start
         return F.pad(beta[:, 1:], (1, 0), value=1), h  # β_1 = 1
 
     def step(self, e, h):
-        """One step, e_t [n, C], h_{t−1} [n, n_h] → β_t [n], h_t"""
+        """One step, e_t [n, C], h_{t−1} [n, N_H] → β_t [n], h_t"""
         return self.beta(e, h), self.history(e[:, None], h[None])[1][0]
 
 
@@ -563,12 +563,12 @@ class Metacontroller(nn.Module):
         self.gate, self.hyper = Gate(config), Hypernetwork(config)
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
-        # differs from the paper: the encoder reads e_t only through h_t.
+        # differs from the paper: the first encoder reads e_t only through h_t.
         self.encoder = perceptron(N_H + N_S, config.n_z if config.code_std > 0 else 2 * config.n_z)
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # differs from the paper: a long memory from the start.
-        self.earlier = None  # the Gate that says where segments end, if it is not `gate`
+        self.earlier = None  # in "gates2" the Gate that says where segments end, see `learn_gates`
         self.register_buffer("alpha", torch.tensor(config.alpha))
 
     def forget_codes(self):
@@ -576,16 +576,16 @@ class Metacontroller(nn.Module):
         self.summary, self.encoder = None, perceptron(self.config.width, self.encoder[-1].out_features)
         self.hyper = Hypernetwork(self.config)
 
-    def encode(self, e, h, is_open, length):
-        """e [B, T+1, C], h [B, T+1, n_h], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
+    def encode(self, e, h, starts, length):
+        """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         if self.summary is not None:
             # differs from the paper: s has read o_{T+1}, too.
-            s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, n_s]
+            s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, N_S]
             seen = torch.cat([h, s[:, None].expand(-1, e.shape[1], -1)], -1)
         else:
             # differs from the paper: a code is inferred from where its segment ends, the observation at which
             # the next gate opens. It shows the goal; the way there and its length cannot be read from it.
-            seen = e.gather(1, next_opening(is_open, length)[..., None].expand_as(e))
+            seen = e.gather(1, next_opening(starts, length)[..., None].expand_as(e))
         mu, std = self.encoder(seen), self.config.code_std
         if std > 0:
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
@@ -646,16 +646,18 @@ def hold_rate(alpha, kl, rate):
 
 
 def learn_gates(run, base, meta, stage, count):
-    """When to switch. In the stage "gates" all of the metacontroller learns, in "gates2" only its gate, while
-    the codes that are proposed at each step, which mean goals by now, and their price α stay as they are."""
+    """When to switch. In the stage "gates" all of the metacontroller learns; in "gates2" only its gate, while
+    encoder, f_hyp and α stay as they are."""
     config, generator, first = run.config, run.generator(stage), stage == "gates"
+    # Segments still end where the earlier gate opened: if they followed the gate that learns, a shut gate and
+    # an open one would carry the same code, and opening would gain nothing.
     meta.earlier = None if first else copy.deepcopy(meta.gate)
-    learner = (meta if first else meta.gate).requires_grad_(True)
+    learner = (meta.train() if first else meta.train().gate).requires_grad_(True)
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     for step in run.steps(stage, count, generator, optimizer, reports=4, learner=learner):
         batch, mirror = data.batch(step.progress if first else 1.0), config.mirror and not first
-        loss, nll, kl, beta = discovery_loss(config, base, meta.train(), batch, generator, mirror)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator, mirror)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
         if config.rate > 0 and first:
             hold_rate(meta.alpha, kl, config.rate)
@@ -668,9 +670,10 @@ def learn_gates(run, base, meta, stage, count):
 
 
 def learn_codes(run, base, meta, stage, count):
-    """What to send: the gate stays as it is; encoder and f_hyp are new."""
-    # There is no price now: the gates limit how many codes are sent.
+    """What to send: the gate stays as it is; encoder and f_hyp are new (both times with the same weights)."""
+    # There is no price now: codes have one length, and the gate limits how many are sent.
     config, generator = run.config, run.generator(stage)
+    meta.eval()  # gates are not drawn
     torch.manual_seed(config.seed)
     meta.forget_codes()
     learner = nn.ModuleDict(dict(encoder=meta.encoder, hyper=meta.hyper)).to(run.device)
@@ -688,7 +691,7 @@ def learn_codes(run, base, meta, stage, count):
 def discover(run, base):
     """Stage 4: gates and codes learn in turns: when, what, when, what (Fig. 5, 6). → metacontroller"""
     # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
-    # red one", and comes first; gates come out nearly right all the same. With them, codes learn from an input
+    # red one", and comes first; gates come out nearly right all the same. By them codes learn from an input
     # and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
     config = run.config
     torch.manual_seed(config.seed)
@@ -1578,6 +1581,8 @@ def check(config):
             refuse(f"{s.name} {value} is outside {low} … {high}")
     if config.width % config.heads or config.rank > config.width:
         refuse(f"width {config.width} is not a multiple of heads {config.heads}, or below rank {config.rank}")
+    if config.code_std == 0 < config.code_steps:
+        refuse("code_std 0 needs code_steps 0: codes that have no fixed length must have a price")
     if config.layers % 2 or config.control_layer > config.layers:
         refuse(f"layers {config.layers} is odd, or below control_layer {config.control_layer}")
     try:

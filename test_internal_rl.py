@@ -1481,7 +1481,7 @@ def test_not_a_number_stops_and_names_the_checkpoint(bad, name, tmp_path, capsys
 
 
 @pytest.mark.parametrize("arguments,word", [
-    (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"),
+    (["--task", "chess"], "chess"), (["--preset", "huge"], "huge"), (["--bogus", "1"], "bogus"), (["--alpha", "-1"], "alpha"), (["--code-std", "0"], "code_std"),
     (["--layers", "3"], "layers"), (["--size", "3", "--subgoals", "pairs", "--colours", "8", "--walls", "0"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"), (["--seeds", "0,0"], "different"), (["--rank", "33", "--width", "32"], "rank"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
     (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--task", "ant", "--thin", "0"], "thin"),
