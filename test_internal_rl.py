@@ -640,8 +640,6 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     gate = {name for name in states[-1] if name.startswith("gate.")}
     assert changed == [set(states[0]), codes, gate, codes] and any(name.startswith("summary.") for name in states[0])
     assert not torch.equal(states[3]["hyper.read"], states[7]["hyper.read"])
-    torch.manual_seed(config.seed)
-    rl.Metacontroller(config)
     paper = rl.Run(replace(config, code_steps=0), tmp_path / "paper", torch.device("cpu"))
     paper.folder.mkdir()
     assert rl.discover(paper, base).summary is not None and len(parts) == 5
@@ -850,9 +848,9 @@ def test_one_code_each_finds_what_attains_a_subgoal(subgoals, size, base, meta, 
 
     monkeypatch.setattr(rl, "new_game", lambda config, layouts, tasks: tasks)
     monkeypatch.setattr(rl, "play", play)
-    run = rl.Run(rl.configure("gridworld", "tiny", size=6, colours=8, subgoals=subgoals, evaluation=512), tmp_path, torch.device("cpu"))
+    run = rl.Run(rl.configure("gridworld", "tiny", size=6, colours=8, subgoals=subgoals, evaluation=1024), tmp_path, torch.device("cpu"))
     found = rl.one_code_each(run, base, meta)
-    assert (found - centres).norm(dim=1).max() < 0.6 < torch.cdist(centres, centres).fill_diagonal_(9).min()
+    assert (found - centres).norm(dim=1).max() < 0.5 < torch.cdist(centres, centres).fill_diagonal_(9).min()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- ant
