@@ -1129,16 +1129,16 @@ def one_code_each(run, base, meta):
     """A code per subgoal, found by playing: a cross-entropy search for codes that, held, attain it. Needs no
     hidden label either. → [K, Z]"""
     config, generator, n, count = run.config, run.evaluation("search"), run.few, gridworld.SUBGOALS
-    layouts = run.layouts(n, "find layouts")[torch.arange(n).repeat(count * 32)]
-    tasks = torch.arange(count * gridworld.SUBGOAL_SIZE[config.subgoals]).view(count, -1)
+    layouts = run.layouts(n, "find layouts")[torch.arange(n).repeat(count * 32)]  # K·32·n games
+    tasks = torch.arange(count * gridworld.SUBGOAL_SIZE[config.subgoals]).view(count, -1)  # [K, visits]
     mean, std = torch.zeros(count, 1, config.n_z, device=run.device), 1.0
     for _ in range(4):
         noise = torch.randn(count, 32, config.n_z, generator=generator, device=run.device)
         codes = mean + std * noise  # [K, 32, Z]
-        each = codes.flatten(0, 1).repeat_interleave(n, 0)
+        each = codes.flatten(0, 1).repeat_interleave(n, 0)  # [K·32·n, Z]
         game = new_game(config, layouts, tasks.repeat_interleave(32 * n, 0).to(layouts.agent.device))
         held = CodeIntervention(config, meta, lambda e, games: each[games], len(each), hold=True)
-        attained = play(config, base, game, generator, held).success.view(count, 32, n).sum(-1)
+        attained = play(config, base, game, generator, held).success.view(count, 32, n).sum(2)  # [K, 32]
         best = codes.gather(1, attained.topk(6).indices[..., None].expand(-1, -1, config.n_z))
         mean, std = best.mean(1, keepdim=True), best.std(1, keepdim=True) + 0.1
     return mean[:, 0]
