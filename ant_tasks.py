@@ -427,7 +427,7 @@ SETTINGS = {  # of this world alone: name → (default, help, lowest, highest va
     "next_cell": (4.0, "weight of predicting, on entering a cell, which way the next cell lies", 0, 1000),
 }
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
-# differs from the paper: λ = 1 (there 10), control of rank 16 (a full matrix), after block 1 of 4 (the middle one).
+# differs from the paper: λ = 1 (there 10), control of rank 64 (a full matrix), after block 1 of 4 (the middle one).
 QUICK = dict(
     ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400,
     gate_steps=4800, code_steps=3200, rl_episodes=102_400, rl_batch=512)

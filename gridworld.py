@@ -347,7 +347,7 @@ SETTINGS = {}  # of this world alone: name → (default, help, lowest, highest v
 PRESETS = {
     "quick": {},  # the defaults in internal_rl.py
     "tiny": dict(
-        width=32, heads=2, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48,
+        width=32, heads=2, rank=16, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48,
         gate_steps=64, code_steps=48, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
     # The paper's kind of subgoal, a pair of colours, on a smaller grid; eight visits.
     "pairs": dict(
@@ -358,7 +358,7 @@ PRESETS = {
         size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
         view="absolute", width=256, layers=6, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
         next_obs=0.01, cosine=False, probe_steps=8000, probe_lr=1e-3, steer_steps=3200, steer_lr=1e-3,
-        control_layer=0, gate_steps=64_000, code_steps=0, discover_batch=512, discover_lr=1e-3,
+        control_layer=0, rank=16, gate_steps=64_000, code_steps=0, discover_batch=512, discover_lr=1e-3,
         read_embedding=False, alpha=0.1, rate=0.0, n_z=8, code_std=0.0,
         rl_episodes=102_400_000, rl_lr=3e-5, raw_lr=3e-5, std_end=1.0),
 }

@@ -80,7 +80,8 @@ def setting(default, stages, text, low=None, high=None, choices=None):
 class Settings:
     world: str = setting("gridworld", "pretrain", "the world")
     seed: int = setting(0, "pretrain", "random seed of everything that is trained", 0, 2 ** 40)
-    # differs from the paper: a smaller world, single colours as subgoals, control after the first block.
+    # differs from the paper: a smaller world, single colours as subgoals, control after the first block, of
+    # rank 64 (there 16).
     size: int = setting(5, "pretrain", "grid size G", 2, 9)
     colours: int = setting(4, "pretrain", "coloured cells O", 1, 10)
     walls: int = setting(1, "pretrain", "wall cells W", 0, 70)
@@ -103,30 +104,30 @@ class Settings:
     bf16: bool = setting(True, "pretrain", "bfloat16 autocast in the base model in stages 1 and 4")
     probe_steps: int = setting(400, "probe", "probe: training steps", 1, 10 ** 8)
     probe_lr: float = setting(3e-3, "probe", "probe: learning rate", 1e-12, 1e6)
-    control_layer: int = setting(1, "steer gates codes", "control acts after this block l; 0: L/2", 0, 128)
-    rank: int = setting(16, "steer gates codes", "rank of a linear controller U; 0: a full matrix", 0, 8192)
-    control_decay: float = setting(0.03, "steer gates codes", "(meta)controllers: AdamW weight decay", 0, 100)
+    control_layer: int = setting(1, "steer gates", "control acts after this block l; 0: L/2", 0, 128)
+    rank: int = setting(64, "steer gates", "rank of a linear controller U; 0: a full matrix", 0, 8192)
+    control_decay: float = setting(0.03, "steer gates", "(meta)controllers: AdamW weight decay", 0, 100)
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
-    gate_steps: int = setting(1600, "gates", "steps to learn when to switch; later a quarter", 1, 10 ** 8)
-    code_steps: int = setting(2600, "codes", "steps to learn what to send; first a quarter", 0, 10 ** 8)
-    discover_batch: int = setting(64, "probe steer gates codes", "stages 2-4: trajectories", 1, 10 ** 5)
-    discover_lr: float = setting(3e-3, "gates codes", "metacontroller: learning rate", 1e-12, 1e6)
+    gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
+    code_steps: int = setting(2600, "turns", "steps to learn what to send; half of it in turns", 0, 10 ** 8)
+    discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
+    discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
-    n_z: int = setting(4, "gates codes", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
-    code_std: float = setting(0.4, "gates codes", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
-    mirror: bool = setting(True, "codes", "decode codes in a mirrored copy of their world (not at first)")
-    read_embedding: bool = setting(True, "gates codes", "the metacontroller reads e_{t,0} instead of e_{t,l}")
+    n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
+    code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
+    mirror: bool = setting(True, "turns", "decode codes in a mirrored copy of their world (not at first)")
+    read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
     rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy", 1e-12, 1e6)
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
     std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
-    forced: bool = setting(False, "gates codes", "control: every gate is open, in stages 4 and 5")
-    bias: bool = setting(False, "gates codes", "control: e + b(z) in place of e + U(z) e")
+    forced: bool = setting(False, "gates", "control: every gate is open, in stages 4 and 5")
+    bias: bool = setting(False, "gates", "control: e + b(z) in place of e + U(z) e")
     temperature: float = setting(1.0, "raw", "control: the baseline starts with logits over this", 0.01, 100)
     scratch: bool = setting(False, "raw", "control: the baseline starts from random weights")
     tolerance: int = setting(0, "", "only measures: how many steps a gate may be off", 0, 100)
@@ -568,7 +569,7 @@ class Metacontroller(nn.Module):
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # differs from the paper: a long memory from the start.
-        self.earlier = None  # in "gates2" the Gate that says where segments end, see `learn_gates`
+        self.earlier = None  # in "turns" a Gate that says where segments end, see `learn_codes`
         self.register_buffer("alpha", torch.tensor(config.alpha))
 
     def forget_codes(self):
@@ -645,51 +646,68 @@ def hold_rate(alpha, kl, rate):
     alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
-def learn_gates(run, base, meta, stage, count):
-    """When to switch. In the stage "gates" all of the metacontroller learns; in "gates2" only its gate, while
-    encoder, f_hyp and α stay as they are."""
-    config, generator, first = run.config, run.generator(stage), stage == "gates"
-    # Segments still end where the earlier gate opened: if they followed the gate that learns, a shut gate and
-    # an open one would carry the same code, and opening would gain nothing.
-    meta.earlier = None if first else copy.deepcopy(meta.gate)
-    learner = (meta.train() if first else meta.train().gate).requires_grad_(True)
-    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=config.control_decay)
+def learn_gates(run, base, meta):
+    """When to switch, roughly: all of the metacontroller learns; its codes mean directions as yet."""
+    config, generator = run.config, run.generator("gates")
+    optimizer = torch.optim.AdamW(meta.train().parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps(stage, count, generator, optimizer, reports=4, learner=learner):
-        batch, mirror = data.batch(step.progress if first else 1.0), config.mirror and not first
-        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator, mirror)
+    for step in run.steps("gates", config.gate_steps, generator, optimizer, reports=4, meta=meta):
+        batch = data.batch(step.progress)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
-        if config.rate > 0 and first:
+        if config.rate > 0:
             hold_rate(meta.alpha, kl, config.rate)
         step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_gates(run, base, meta))
+    meta.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def settle(run, base, meta):
+    """Shifts β so that the gate is above THRESHOLD as often as it was open when it was drawn."""
+    # It is moderate even where a leg begins: gradients that pass as if the gate were β settle β where 1 − β is
+    # the price of opening over twice what it gains.
+    data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
+    beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
+    batches = [data.batch(1.0) for _ in range(ROUND)]
+    beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
+    meta.gate.switch[-1].bias -= beta.quantile(1 - beta.mean()).logit(eps=1e-6)
+
+
+def learn_codes(run, base, meta, stage, count):
+    """What to send: encoder and f_hyp are new, both times with the same weights. In "turns" the gate learns,
+    too, but in the first quarter, when codes mean little, and alone in the last; in "codes" it stays."""
+    config, generator = run.config, run.generator(stage)
+    torch.manual_seed(config.seed)
+    meta.forget_codes()
+    # Segments end where an earlier gate opened: if they followed the gate that learns, a shut gate and an open
+    # one would carry the same code, and opening would gain nothing.
+    meta.earlier = copy.deepcopy(meta.gate)
+    optimizer = torch.optim.AdamW(meta.to(run.device).parameters(), weight_decay=config.control_decay)
+    data = ExpertData(run, config.discover_batch, 0.0, generator)
+    for step in run.steps(stage, count, generator, optimizer, reports=3, meta=meta):
+        when = stage == "turns" and step.progress >= 0.25
+        what = stage == "codes" or step.progress < 0.75
+        meta.train(when).gate.requires_grad_(when)  # gates are drawn only while they learn
+        meta.encoder.requires_grad_(what)
+        meta.hyper.requires_grad_(what)
+        if step.number % max(1, count // 8) == 0:
+            meta.earlier.load_state_dict(meta.gate.state_dict())
+        batch = data.batch(1.0)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator, config.mirror)
+        loss = loss if when and what else nll  # opening has a price while its gain is uncertain
+        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
+        step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
+        if step.due:
+            step.log(**inspect_codes(run, base, meta)[0])
     meta.earlier = None
     meta.requires_grad_(False).eval()
 
 
-def learn_codes(run, base, meta, stage, count):
-    """What to send: the gate stays as it is; encoder and f_hyp are new (both times with the same weights)."""
-    # There is no price now: codes have one length, and the gate limits how many are sent.
-    config, generator = run.config, run.generator(stage)
-    meta.eval()  # gates are not drawn
-    torch.manual_seed(config.seed)
-    meta.forget_codes()
-    learner = nn.ModuleDict(dict(encoder=meta.encoder, hyper=meta.hyper)).to(run.device)
-    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=config.control_decay)
-    data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps(stage, count, generator, optimizer, reports=3, learner=learner):
-        _, nll, _, _ = discovery_loss(config, base, meta, data.batch(1.0), generator, config.mirror)
-        descend(nll, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
-        step.log(loss=nll, nll=nll)
-        if step.due:
-            step.log(**inspect_codes(run, base, meta)[0])
-    meta.requires_grad_(False)
-
-
 def discover(run, base):
-    """Stage 4: gates and codes learn in turns: when, what, when, what (Fig. 5, 6). → metacontroller"""
+    """Stage 4: when to switch, roughly; what to send, and when; what to send (Fig. 5, 6). → metacontroller"""
     # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
     # red one", and comes first; gates come out nearly right all the same. By them codes learn from an input
     # and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
@@ -697,11 +715,11 @@ def discover(run, base):
     torch.manual_seed(config.seed)
     meta = Metacontroller(config).to(run.device)
     print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
-    learn_gates(run, base, meta, "gates", config.gate_steps)
+    learn_gates(run, base, meta)
     if config.code_steps > 0:
-        learn_codes(run, base, meta, "codes", math.ceil(config.code_steps / 4))
-        learn_gates(run, base, meta, "gates2", math.ceil(config.gate_steps / 4))
-        learn_codes(run, base, meta, "codes2", config.code_steps)
+        settle(run, base, meta)
+        learn_codes(run, base, meta, "turns", math.ceil(config.code_steps / 2))
+        learn_codes(run, base, meta, "codes", config.code_steps)
     return meta
 
 # ============================================================================== Chapter 5 · internal RL
@@ -820,10 +838,12 @@ def internal_rl(run, base, meta):
     policy = Policy(config).to(run.device)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
+    codes = len(task) / gridworld.SUBGOAL_SIZE[config.subgoals]  # that an episode needs
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
-        # differs from the paper: the policy's std falls from the prior's 1 as success rises (E.2: fixed), and
-        # the learning rate with it (3e-5 throughout): codes vary like the prior's until they earn rewards.
-        std = config.std_start + (config.std_end - config.std_start) * policy.success.item()
+        # differs from the paper: the policy's std falls from the prior's 1 as the success of a single code rises
+        # (E.2: fixed), and the learning rate with it (3e-5 throughout): codes vary like the prior's until they
+        # earn rewards.
+        std = config.std_start + (config.std_end - config.std_start) * policy.success.item() ** (1 / codes)
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)
         success = play(config, base, new_game(config, layouts(), task), generator, intervention).success
@@ -871,10 +891,8 @@ def raw_rl(run, base):
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"],
-    "gates": ["pretrain"], "codes": ["pretrain", "gates"], "gates2": ["pretrain", "gates", "codes"],
-    "codes2": ["pretrain", "gates", "codes", "gates2"],
-    "rl": ["pretrain", "gates", "codes", "gates2", "codes2"],
-    "raw": ["pretrain"]}
+    "gates": ["pretrain"], "turns": ["pretrain", "gates"], "codes": ["pretrain", "gates", "turns"],
+    "rl": ["pretrain", "gates", "turns", "codes"], "raw": ["pretrain"]}
 EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
     "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
     "bar codes", "bar plays", "film layouts", "film plays", "gate trajectories", "gate proposals", "search",
