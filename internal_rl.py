@@ -111,18 +111,18 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    code_steps: int = setting(2600, "turns", "steps to learn what to send; half of it in turns", 0, 10 ** 8)
+    code_steps: int = setting(2600, "turns", "steps to learn what to send; half as many in turns", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
-    mirror: bool = setting(True, "turns", "decode codes in a mirrored copy of their world (not at first)")
+    mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
-    rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy", 1e-12, 1e6)
+    rl_lr: float = setting(3e-3, "rl", "internal RL: learning rate of the policy, times its std", 1e-12, 1e6)
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
     std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
@@ -569,7 +569,7 @@ class Metacontroller(nn.Module):
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # differs from the paper: a long memory from the start.
-        self.earlier = None  # in "turns" a Gate that says where segments end, see `learn_codes`
+        self.earlier = None  # a Gate that says where segments end, see `learn_codes`
         self.register_buffer("alpha", torch.tensor(config.alpha))
 
     def forget_codes(self):
@@ -667,8 +667,8 @@ def learn_gates(run, base, meta):
 @torch.no_grad()
 def settle(run, base, meta):
     """Shifts β so that the gate is above THRESHOLD as often as it was open when it was drawn."""
-    # It is moderate even where a leg begins: gradients that pass as if the gate were β settle β where 1 − β is
-    # the price of opening over twice what it gains.
+    # It is moderate even where a leg begins. Gradients pass as if the gate were β, so it rests where 1 − β is
+    # the price of opening over twice its gain, if the loss is quadratic in the gate.
     data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
     batches = [data.batch(1.0) for _ in range(ROUND)]
@@ -677,13 +677,13 @@ def settle(run, base, meta):
 
 
 def learn_codes(run, base, meta, stage, count):
-    """What to send: encoder and f_hyp are new, both times with the same weights. In "turns" the gate learns,
-    too, but in the first quarter, when codes mean little, and alone in the last; in "codes" it stays."""
+    """What to send: encoder and f_hyp are new, both times with the same weights. In "turns" they learn for
+    one quarter, for two together with the gate, and for one the gate alone; in "codes" it stays."""
     config, generator = run.config, run.generator(stage)
     torch.manual_seed(config.seed)
     meta.forget_codes()
-    # Segments end where an earlier gate opened: if they followed the gate that learns, a shut gate and an open
-    # one would carry the same code, and opening would gain nothing.
+    # Segments end where an earlier gate opened: if they followed the gate that learns, a shut gate and an
+    # open one would carry the same code, and opening would gain nothing.
     meta.earlier = copy.deepcopy(meta.gate)
     optimizer = torch.optim.AdamW(meta.to(run.device).parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
@@ -697,7 +697,7 @@ def learn_codes(run, base, meta, stage, count):
             meta.earlier.load_state_dict(meta.gate.state_dict())
         batch = data.batch(1.0)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator, config.mirror)
-        loss = loss if when and what else nll  # opening has a price while its gain is uncertain
+        loss = loss if when and what else nll  # in the end opening is free: within a leg it gains nothing
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
         step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
@@ -707,10 +707,10 @@ def learn_codes(run, base, meta, stage, count):
 
 
 def discover(run, base):
-    """Stage 4: when to switch, roughly; what to send, and when; what to send (Fig. 5, 6). → metacontroller"""
+    """Stage 4: roughly when to switch; what to send and when, in turns; what (Fig. 5, 6). → metacontroller"""
     # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
-    # red one", and comes first; gates come out nearly right all the same. By them codes learn from an input
-    # and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
+    # red one", and comes first; gates come out nearly right all the same. By these gates codes learn from an
+    # input and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
     config = run.config
     torch.manual_seed(config.seed)
     meta = Metacontroller(config).to(run.device)
@@ -838,12 +838,11 @@ def internal_rl(run, base, meta):
     policy = Policy(config).to(run.device)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
-    codes = len(task) / gridworld.SUBGOAL_SIZE[config.subgoals]  # that an episode needs
+    needed = len(task) / gridworld.SUBGOAL_SIZE[config.subgoals]  # codes an episode
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
-        # differs from the paper: the policy's std falls from the prior's 1 as the success of a single code rises
-        # (E.2: fixed), and the learning rate with it (3e-5 throughout): codes vary like the prior's until they
-        # earn rewards.
-        std = config.std_start + (config.std_end - config.std_start) * policy.success.item() ** (1 / codes)
+        # differs from the paper: the policy's std (E.2: fixed) and learning rate (3e-5) fall as the success
+        # of a single code rises, so codes vary like the prior's until they earn rewards.
+        std = config.std_start + (config.std_end - config.std_start) * policy.success.item() ** (1 / needed)
         actor = PolicyActor(config, policy, config.rl_batch, std, generator)
         intervention = CodeIntervention(config, meta, actor, config.rl_batch)
         success = play(config, base, new_game(config, layouts(), task), generator, intervention).success
