@@ -667,8 +667,9 @@ def learn_gates(run, base, meta):
 @torch.no_grad()
 def settle(run, base, meta):
     """Shifts β so that the gate is above THRESHOLD as often as it was open when it was drawn."""
-    # It is moderate even where a leg begins. Gradients pass as if the gate were β, so it rests where 1 − β is
-    # the price of opening over twice its gain, if the loss is quadratic in the gate.
+    # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
+    # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
+    # gain, if the loss is quadratic in the gate.
     data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
     batches = [data.batch(1.0) for _ in range(ROUND)]
@@ -682,8 +683,8 @@ def learn_codes(run, base, meta, stage, count):
     config, generator = run.config, run.generator(stage)
     torch.manual_seed(config.seed)
     meta.forget_codes()
-    # Segments end where an earlier gate opened: if they followed the gate that learns, a shut gate and an
-    # open one would carry the same code, and opening would gain nothing.
+    # differs from the paper: segments end where an earlier gate opened. If they followed the gate that
+    # learns, a shut one and an open one would carry the same code, and opening would gain nothing.
     meta.earlier = copy.deepcopy(meta.gate)
     optimizer = torch.optim.AdamW(meta.to(run.device).parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
@@ -838,7 +839,7 @@ def internal_rl(run, base, meta):
     policy = Policy(config).to(run.device)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
-    needed = len(task) / gridworld.SUBGOAL_SIZE[config.subgoals]  # codes an episode
+    needed = len(task) / gridworld.SUBGOAL_SIZE[config.subgoals]  # codes that solve an episode
     for step in run.steps("rl", updates, generator, optimizer, unit=1, reports=50, policy=policy):
         # differs from the paper: the policy's std (E.2: fixed) and learning rate (3e-5) fall as the success
         # of a single code rises, so codes vary like the prior's until they earn rewards.
@@ -1569,8 +1570,8 @@ def parse_arguments(arguments):
         f"Internal RL, all stages. In brackets: the quick preset of {world}."))
     parser.error = refuse
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
-                        help="named settings: tiny (a minute), quick (default), pairs (grid, hours), paper "
-                             "(a large GPU, days)")
+                        help="named settings: tiny (a minute), quick (default), pairs (grid, 1.5 hours), "
+                             "paper (a large GPU, days)")
     parser.add_argument("--stage", default="all",
                         choices="all pretrain probe steer discover rl controls table bench".split(),
                         help="what to run, after what it builds on; controls: rivals; table: only compare "
