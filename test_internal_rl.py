@@ -621,12 +621,10 @@ def test_alpha_follows_the_rate():
 def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     """Which parts change at which step: all; then codes, both, the gate; then codes, new ones that start as the first did."""
     config = replace(CONFIG, gate_steps=16, code_steps=128, discover_batch=8)
-    moments, loss = collections.defaultdict(list), rl.discovery_loss
-    inspected = lambda name: (lambda *_: {} if name == "inspect_gates" else ({}, None))
-    for name in ("inspect_gates", "inspect_codes"):
-        monkeypatch.setattr(rl, name, inspected(name))
+    stages, moments, loss = [], collections.defaultdict(list), rl.discovery_loss
+    monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
+    monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
     monkeypatch.setattr(rl.Run, "steps", lambda run, stage, *rest, steps=rl.Run.steps, **more: (stages.append(stage), steps(run, stage, *rest, **more))[1])
-    stages = []
 
     def spy(config, base, meta, batch, generator, mirror=False):
         moments[stages[-1]].append((mirror, meta.training, {name: value.clone() for name, value in meta.state_dict().items()}))
@@ -650,7 +648,7 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
                 gate = {name: value for name, value in after.items() if name.startswith("gate.")}
                 same = all(torch.equal(value, after[f"earlier.{name[5:]}"]) for name, value in gate.items())
                 assert same == (stage == "codes" or n < 16 or (n + 1) % 8 == 0)
-    (turns, codes), (gates,) = (moments[stage][0][2] for stage in ("turns", "codes")), (moments["gates"][-1][2],)
+    gates, turns, codes = moments["gates"][-1][2], moments["turns"][0][2], moments["codes"][0][2]
     assert all(torch.equal(value, codes[name]) for name, value in turns.items() if name.startswith(("encoder.", "hyper.")))
     assert not torch.equal(gates["gate.switch.2.bias"], turns["gate.switch.2.bias"])  # see `settle`
     paper = rl.Run(replace(config, code_steps=0), tmp_path / "paper", torch.device("cpu"))
@@ -757,9 +755,10 @@ def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(bas
         assert torch.equal(mean[:, 0], mean_later[:, 0])
 
 
+@pytest.mark.parametrize("subgoals,task,codes", [("singles", "0-1-2-3-0", 5), ("pairs", "0-1-2-3", 2)])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_policy_narrows_as_it_succeeds_not_with_time(share, base, meta, tmp_path, monkeypatch):
-    config = replace(CONFIG, rl_episodes=60 * 8, rl_batch=8)
+def test_the_policy_narrows_as_it_succeeds_not_with_time(share, subgoals, task, codes, base, meta, tmp_path, monkeypatch):
+    config = replace(CONFIG, rl_episodes=60 * 8, rl_batch=8, subgoals=subgoals, post_task=task)
     run, stds, rates = rl.Run(config, tmp_path, torch.device("cpu")), [], []
 
     def play(config, base, game, generator, intervene):
@@ -771,7 +770,7 @@ def test_the_policy_narrows_as_it_succeeds_not_with_time(share, base, meta, tmp_
     monkeypatch.setattr(rl, "minibatches", lambda *_: [torch.arange(8)])
     monkeypatch.setattr(rl, "descend", lambda loss, optimizer, lr: rates.append(lr))
     rl.internal_rl(run, base, meta)
-    assert stds == pytest.approx([1 - 0.75 * (share * (1 - 0.9 ** n)) ** (1 / 5) for n in range(60)])  # five codes solve it
+    assert stds == pytest.approx([1 - 0.75 * (share * (1 - 0.9 ** n)) ** (1 / codes) for n in range(60)])
     assert rates == pytest.approx([config.rl_lr * std for std in stds])
 
 
