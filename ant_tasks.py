@@ -430,12 +430,12 @@ ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
 # differs from the paper: λ = 1 (there 10), control of rank 64 (a full matrix), after block 1 of 4 (the middle one).
 QUICK = dict(
     ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400,
-    gate_steps=4800, code_steps=3200, rl_episodes=102_400, rl_batch=512)
+    gate_steps=4800, turn_steps=1600, code_steps=3200, rl_episodes=102_400, rl_batch=512)
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
         trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
-        gate_steps=16, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
+        gate_steps=16, turn_steps=4, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
         ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,

@@ -111,7 +111,8 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    code_steps: int = setting(2600, "turns", "steps to learn what to send; half as many in turns", 0, 10 ** 8)
+    turn_steps: int = setting(1300, "turns", "steps to learn what to send and when, in turns", 1, 10 ** 8)
+    code_steps: int = setting(2600, "turns", "steps to learn what to send; 0: neither these nor turns", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
@@ -719,7 +720,7 @@ def discover(run, base):
     learn_gates(run, base, meta)
     if config.code_steps > 0:
         settle(run, base, meta)
-        learn_codes(run, base, meta, "turns", math.ceil(config.code_steps / 2))
+        learn_codes(run, base, meta, "turns", config.turn_steps)
         learn_codes(run, base, meta, "codes", config.code_steps)
     return meta
 

@@ -620,7 +620,7 @@ def test_alpha_follows_the_rate():
 
 def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     """Which parts change at which step: all; then codes, both, the gate; then codes, new ones that start as the first did."""
-    config = replace(CONFIG, gate_steps=16, code_steps=128, discover_batch=8)
+    config = replace(CONFIG, gate_steps=16, turn_steps=64, code_steps=128, discover_batch=8)
     stages, moments, loss = [], collections.defaultdict(list), rl.discovery_loss
     monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
     monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
@@ -1431,7 +1431,7 @@ def test_shipped_base_model_fits_its_command(tmp_path, capsys, monkeypatch):
 def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
     monkeypatch.setitem(gridworld.LOOK, "trajectories", 64)
-    config = rl.configure("gridworld", "tiny", pretrain_steps=48, gate_steps=48, code_steps=64, rl_episodes=768, probe_steps=32, steer_steps=32,
+    config = rl.configure("gridworld", "tiny", pretrain_steps=48, gate_steps=48, turn_steps=32, code_steps=64, rl_episodes=768, probe_steps=32, steer_steps=32,
                           evaluation=32)
 
     def everything(run):
