@@ -1571,7 +1571,7 @@ def parse_arguments(arguments):
         f"Internal RL, all stages. In brackets: the quick preset of {world}."))
     parser.error = refuse
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
-                        help="named settings: tiny (a minute), quick (default), pairs (grid, 1.5 hours), "
+                        help="named settings: tiny (a minute), quick (default), pairs (grid, an hour), "
                              "paper (a large GPU, days)")
     parser.add_argument("--stage", default="all",
                         choices="all pretrain probe steer discover rl controls table bench".split(),
