@@ -1349,7 +1349,7 @@ def refused(capsys, *arguments):
 
 
 SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--gate-steps", 48,
-         "--code-steps", 32, "--evaluation", 32)
+         "--turn-steps", 16, "--code-steps", 32, "--evaluation", 32)
 
 
 @pytest.fixture(scope="module")
