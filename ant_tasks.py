@@ -389,8 +389,9 @@ class Block(nn.Module):
     real-gated linear recurrent unit, multiplied by a gated branch, then an MLP."""
     WINDOW = 4  # of the convolution
 
-    def __init__(self, width, heads):
+    def __init__(self, config):
         super().__init__()
+        width, heads = config.width, config.heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.branches, self.mix = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width, bias=False)
         self.convolution = nn.Conv1d(width, width, self.WINDOW, groups=width)
@@ -457,6 +458,8 @@ def check(config):
     gridworld.check(config)
     if config.trajectories % (4 if config.trajectories <= SHARD else 4 * SHARD):
         raise ValueError(f"trajectories {config.trajectories} is no multiple of {4 * SHARD} (up to {SHARD}: of 4)")
+    if config.window:
+        raise ValueError(f"window {config.window} is for attention; this world's base model is recurrent")
 
 
 def expert_batch(config, n, generator, noise=0.0):

@@ -13,7 +13,7 @@ Contents
     5  internal RL     a small policy learns from one reward per episode which codes to emit
        the baseline    token-level RL on the same model: PPO on its own actions, as many episodes
     ── nothing below is needed to understand the method ──
-    Checkpoints · Looking inside · Figures · Benchmark · Command line
+    Checkpoints · Looking inside · Figures · Benchmark · Comparisons (rivals, --figure) · Command line
 
 One forward pass
                           the future (in 5 the policy π instead) ─► encoder ─► μ_t, Σ_t ─► z̃_t ──┐
@@ -46,6 +46,7 @@ import copy
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -94,6 +95,7 @@ class Settings:
     width: int = setting(128, "pretrain", "residual width n_e, also of the policy", 1, 8192)
     layers: int = setting(4, "pretrain", "blocks L of the base model", 2, 128)
     heads: int = setting(4, "pretrain", "attention heads, or blocks of Hawk's gate matrices", 1, 128)
+    window: int = setting(0, "pretrain", "a block sees so many last steps; 0: all", 0, 10 ** 5)
     pretrain_steps: int = setting(9600, "pretrain", "base model: training steps", 1, 10 ** 8)
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step", 1, 10 ** 5)
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
@@ -127,8 +129,11 @@ class Settings:
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
     std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
-    forced: bool = setting(False, "gates", "control: every gate is open, in stages 4 and 5")
-    bias: bool = setting(False, "gates", "control: e + b(z) in place of e + U(z) e")
+    method: str = setting("internal", "gates", "rivals: raw (tokens only), forced (every gate is open), "
+                          "cotrain (the base model learns, too, from scratch), compile (CompILE)",
+                          choices=["internal", "raw", "forced", "cotrain", "compile"])
+    bias: bool = setting(False, "codes", "control: in the end e + b(z) in place of e + U(z) e")
+    per_step: bool = setting(False, "gates", "control: first a summary s_t of what is to come at each step")
     temperature: float = setting(1.0, "raw", "control: the baseline starts with logits over this", 0.01, 100)
     scratch: bool = setting(False, "raw", "control: the baseline starts from random weights")
     tolerance: int = setting(0, "", "only measures: how many steps a gate may be off", 0, 100)
@@ -209,21 +214,24 @@ def mirrored(config, batch, generator):
 # You should see `gap`, the distance to the best possible predictor, fall to about 0.04 nats per action.
 
 @functools.lru_cache(64)
-def relative_bucket(queries, keys, device):
-    """How far key j lies before query i: (bucket, future?), each [queries, keys]; queries are the last keys.
-    Buckets of App. D.1: 16 exact distances, then 16 logarithmic ones up to 128."""
+def relative_bucket(queries, keys, window, device):
+    """How far key j lies before query i: (bucket, hidden?), each [queries, keys]; queries are the last keys.
+    Buckets of App. D.1: 16 exact distances, then 16 logarithmic ones up to 128. Hidden is the future, and
+    what lies `window` steps back or more, if that is not 0."""
     ago = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     far = 16 + (ago.clamp(min=1) / 16).log() / math.log(128 / 16) * 16
-    return torch.where(ago < 16, ago.clamp(min=0), far.long().clamp(max=31)), ago < 0
+    hidden = (ago < 0) | (ago >= (window or keys))
+    return torch.where(ago < 16, ago.clamp(min=0), far.long().clamp(max=31)), hidden
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with a relative-position bias added to the attention logits (Table A16)."""
     # differs from the paper: each block has its own bias, and PyTorch's default initial weights.
 
-    def __init__(self, width, heads):
+    def __init__(self, config):
         super().__init__()
-        self.heads = heads
+        width, heads = config.width, config.heads
+        self.heads, self.window = heads, config.window
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.position_bias = nn.Embedding(32, heads)
@@ -237,12 +245,13 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, C/H]
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # [B, H, T'+T, C/H]
-        bucket, future = relative_bucket(length, k.shape[2], x.device)
-        bias = self.position_bias(bucket).permute(2, 0, 1).masked_fill(future, -torch.inf)  # [H, T, T'+T]
+        bucket, hidden = relative_bucket(length, k.shape[2], self.window, x.device)
+        bias = self.position_bias(bucket).permute(2, 0, 1).masked_fill(hidden, -torch.inf)  # [H, T, T'+T]
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias  # [B, H, T, T'+T]
         attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)  # [B, T, C]
         x = x + self.mix(attended)
-        return x + self.down(F.relu(self.up(self.norm_2(x)))), (k, v)
+        x = x + self.down(F.relu(self.up(self.norm_2(x))))
+        return x, (k[:, :, -self.window:], v[:, :, -self.window:])
 
 
 class Base(nn.Module):
@@ -254,7 +263,7 @@ class Base(nn.Module):
         super().__init__()
         self.split = config.control_layer or config.layers // 2  # l
         self.embed, block = config.module.Embedding(config), getattr(config.module, "Block", Block)
-        self.blocks = nn.ModuleList(block(config.width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
         self.norm, self.head = nn.LayerNorm(config.width), config.module.Head(config)
 
     def run_blocks(self, x, which, cache=None):
@@ -503,7 +512,7 @@ class Hypernetwork(nn.Module):
     def __init__(self, config):
         super().__init__()
         shape = J + 1, config.rank or config.width, config.width
-        self.bias, self.units = config.bias, nn.Sequential(nn.Linear(config.n_z, J), nn.ReLU())
+        self.bias, self.units = False, nn.Sequential(nn.Linear(config.n_z, J), nn.ReLU())
         self.read = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(J))
         # differs from the paper: B starts small, because codes that mean nothing yet disturb the base model;
         # not at 0, as LabelledControllers.b does: no gradient would reach encoder and gate.
@@ -525,6 +534,12 @@ def next_opening(is_open, length):
     return torch.cat([opens[:, 1:], last[:, :1]], 1).flip(1).cummin(1).values.flip(1)
 
 
+def backwards(x, length):
+    """Each trajectory from its last step to its first: [B, T+1, C], [B] → [B, T+1, C]"""
+    t = (length[:, None] - torch.arange(x.shape[1], device=x.device)).clamp(min=0)
+    return x.gather(1, t[..., None].expand_as(x))
+
+
 def perceptron(inputs, outputs):
     return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, outputs))
 
@@ -535,7 +550,8 @@ class Gate(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.history, self.forced = nn.GRU(config.width, N_H, batch_first=True), float(config.forced)
+        self.history = nn.GRU(config.width, N_H, batch_first=True)
+        self.forced = float(config.method == "forced")
         self.switch = perceptron(config.width + N_H, 1)
         # differs from the paper: gates start almost shut, which favours codes worth holding.
         nn.init.constant_(self.switch[-1].bias, -2)
@@ -578,17 +594,22 @@ class Metacontroller(nn.Module):
         self.summary, self.encoder = None, perceptron(self.config.width, self.encoder[-1].out_features)
         self.hyper = Hypernetwork(self.config)
 
-    def encode(self, e, h, starts, length):
-        """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
+    def evidence(self, e, h, starts, length):
+        """What a code is inferred from; arguments as of `encode` → [B, T+1, …]"""
         if self.summary is not None:
             # differs from the paper: s has read o_{T+1}, too.
             s = self.summary(e)[0][torch.arange(len(e), device=e.device), length]  # [B, N_S]
-            seen = torch.cat([h, s[:, None].expand(-1, e.shape[1], -1)], -1)
-        else:
-            # differs from the paper: a code is inferred from where its segment ends, the observation at which
-            # the next gate opens. It shows the goal; the way there and its length cannot be read from it.
-            seen = e.gather(1, next_opening(starts, length)[..., None].expand_as(e))
-        mu, std = self.encoder(seen), self.config.code_std
+            s = s[:, None].expand(-1, e.shape[1], -1)
+            if self.config.per_step:
+                s = backwards(self.summary(backwards(e, length))[0], length)  # s_t has read o_{T+1} … o_t
+            return torch.cat([h, s], -1)
+        # differs from the paper: a code is inferred from where its segment ends, the observation at which the
+        # next gate opens. It shows the goal; the way there and its length cannot be read from it.
+        return e.gather(1, next_opening(starts, length)[..., None].expand_as(e))
+
+    def encode(self, e, h, starts, length):
+        """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
+        mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
         if std > 0:
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
             # So all cost the same, and what is worth its price is worth holding.
@@ -597,18 +618,28 @@ class Metacontroller(nn.Module):
         mu, log_sigma = mu.chunk(2, -1)  # Eq. 15
         return mu, log_sigma.clamp(-6, 3)  # differs from the paper: ln σ is kept within −6 … 3.
 
+    def draw_gates(self, beta, generator):
+        """β [B, T+1] → open? and gates, through which gradients pass [B, T+1]"""
+        draw = torch.rand(beta.shape, generator=generator, device=beta.device) if self.training else THRESHOLD
+        is_open = beta > draw
+        # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
+        return is_open, is_open.float() + beta - beta.detach() if self.config.code_std > 0 else beta
+
+    def kl(self, beta, gates, mu, log_sigma):
+        """The KL to the prior at each step, of what `forward` returned: [B, T+1]"""
+        kl = kl_to_standard_normal(mu, log_sigma)
+        # differs from the paper: a proposal that no gate takes is free.
+        return kl * gates if self.config.code_std > 0 else kl
+
     def forward(self, e, length, generator):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β, gates [B, T+1], μ, ln σ as z"""
         e = self.norm(e)
         beta, h = self.gate(e)
-        draw = torch.rand(beta.shape, generator=generator, device=beta.device) if self.training else THRESHOLD
-        is_open = beta > draw
+        is_open, gates = self.draw_gates(beta, generator)
         starts = is_open if self.earlier is None else self.earlier(e)[0] > THRESHOLD
         mu, log_sigma = self.encode(e, h, starts, length)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
-        # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
-        gates = is_open.float() + beta - beta.detach() if self.config.code_std > 0 else beta
         z = [proposal[:, 0]]
         for t in range(1, e.shape[1]):
             z.append(integrate(gates[:, t], proposal[:, t], z[-1]))
@@ -622,21 +653,18 @@ def meta_input(config, base, observation):
 
 
 def discovery_loss(config, base, meta, batch, generator, mirror=False):
-    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Only the
-    upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
+    """Eq. 3, 9: −ln p(a_t | o_{1:t}, z_{1:t}) + α KL, means over the steps that have an action. Of a frozen
+    base model only the upper blocks pass gradients back. → (loss, nll, KL, β [B, T+1])"""
     # differs from the paper: codes may be decoded in a mirror image of their world: "go up" explains nothing.
     image = mirrored(config, batch, generator) if mirror else batch
-    with torch.no_grad(), torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+    with torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         e = meta_input(config, base, batch.observation).float()
         e_image = base.lower(image.observation)[:, :-1].float()
-    z, beta, gates, mu, log_sigma = meta(e, batch.length, generator)
+    z, *rest = meta(e, batch.length, generator)
     with torch.autocast(e.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         nll = action_loss(config, base.upper(meta.hyper(e_image, z[:, :-1])), image)
-    kl = kl_to_standard_normal(mu, log_sigma)
-    if config.code_std > 0:
-        kl = kl * gates  # differs from the paper: a proposal that no gate takes is free.
-    kl = kl[:, :-1][batch.valid].mean()
-    return nll + meta.alpha * kl, nll, kl, beta
+    kl = meta.kl(*rest)[:, :-1][batch.valid].mean()
+    return nll + meta.alpha * kl, nll, kl, rest[0]
 
 
 def hold_rate(alpha, kl, rate):
@@ -647,12 +675,14 @@ def hold_rate(alpha, kl, rate):
     alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
-def learn_gates(run, base, meta):
-    """When to switch, roughly: all of the metacontroller learns; its codes mean directions as yet."""
+def learn_gates(run, base, meta, count):
+    """When to switch, roughly: all of the metacontroller learns (and a base model in training mode, see
+    `discover_by`); codes mean directions as yet."""
     config, generator = run.config, run.generator("gates")
-    optimizer = torch.optim.AdamW(meta.train().parameters(), weight_decay=config.control_decay)
+    learners = nn.ModuleDict({"meta": meta.train()} | ({"base": base} if base.training else {}))
+    optimizer = torch.optim.AdamW(learners.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps("gates", config.gate_steps, generator, optimizer, reports=4, meta=meta):
+    for step in run.steps("gates", count, generator, optimizer, reports=4, **learners):
         batch = data.batch(step.progress)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator)
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
@@ -684,6 +714,7 @@ def learn_codes(run, base, meta, stage, count):
     config, generator = run.config, run.generator(stage)
     torch.manual_seed(config.seed)
     meta.forget_codes()
+    meta.hyper.bias = config.bias and stage == "codes"
     # differs from the paper: segments end where an earlier gate opened. If they followed the gate that
     # learns, a shut one and an open one would carry the same code, and opening would gain nothing.
     meta.earlier = copy.deepcopy(meta.gate)
@@ -708,16 +739,18 @@ def learn_codes(run, base, meta, stage, count):
     meta.requires_grad_(False).eval()
 
 
-def discover(run, base):
-    """Stage 4: roughly when to switch; what to send and when, in turns; what (Fig. 5, 6). → metacontroller"""
+def discover(run, base, kind=Metacontroller, more_steps=0):
+    """Stage 4: roughly when to switch; what to send and when, in turns; what (Fig. 5, 6). → metacontroller
+    (`kind`, `more_steps` of the first part, and a base model that learns, too: for rivals only.)"""
     # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
     # red one", and comes first; gates come out nearly right all the same. By these gates codes learn from an
     # input and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
     config = run.config
     torch.manual_seed(config.seed)
-    meta = Metacontroller(config).to(run.device)
+    meta = kind(config).to(run.device)
     print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
-    learn_gates(run, base, meta)
+    learn_gates(run, base, meta, config.gate_steps + more_steps)
+    base.requires_grad_(False).eval()
     if config.code_steps > 0:
         settle(run, base, meta)
         learn_codes(run, base, meta, "turns", config.turn_steps)
@@ -920,10 +953,15 @@ class Step:
             self.metrics.setdefault(name, []).append(value)
 
 
+def as_json(content, **how):
+    """As text; nan, which JSON does not have, becomes null."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda nan: None), **how)
+
+
 def write_file(path, content):
     """Writes bytes, or anything else as JSON, so that the file is never half-written."""
     if not isinstance(content, bytes):
-        content = (json.dumps(content, indent=1) + "\n").encode()
+        content = (as_json(content, indent=1) + "\n").encode()
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     temporary.write_bytes(content)
@@ -936,9 +974,17 @@ class Run:
 
     def __init__(self, config, folder, device, data="data"):
         self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
+        self.changes = {}  # of a variation: the settings in which it differs from the run of this folder
         self.lines, self.fingerprints = {}, {}  # of each stage: its curves; of a finished one: its weights
         self.few = min(config.module.LOOK["layouts"], max(1, config.evaluation // 32))  # layouts for one code
         self.made_with = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+    def vary(self, **changes):
+        """The same run with other settings. It shares the stages that they do not touch."""
+        changes = {name: x for name, x in changes.items() if x != getattr(self.config, name)}
+        other = Run(replace(self.config, **changes), self.folder, self.device, self.data) if changes else self
+        other.changes = changes
+        return other
 
     def lock(self):
         """Keeps other processes out of the folder until this one ends (not on Windows)."""
@@ -1030,12 +1076,16 @@ class Run:
         self.load(stage)
 
     def path(self, stage):
-        return self.folder / f"{stage}.pt"
+        """A stage's checkpoint; in a variation, in a folder named after the changes that touch the stage."""
+        touch = {s.name for s in fields(self.config) if s.metadata["stages"] & {stage, *STAGES[stage]}}
+        changes = [f"{name}={value}" for name, value in sorted(self.changes.items()) if name in touch]
+        return self.folder / ",".join(changes) / f"{stage}.pt"
 
     def save(self, stage, **content):
         file, parents = io.BytesIO(), {name: self.fingerprints.get(name) for name in STAGES[stage]}
         torch.save(dict(content, stage=stage, config=asdict(self.config), parents=parents,
                         made_with=self.made_with), file)
+        self.path(stage).parent.mkdir(exist_ok=True)
         write_file(self.path(stage), file.getvalue())
 
     def load(self, stage):
@@ -1068,10 +1118,11 @@ class Run:
         return [line for stage in STAGES for line in self.lines.get(stage, [])]
 
     def log(self, stage, lines):
-        """Writes metrics.jsonl, with these lines of `stage`."""
+        """Writes metrics.jsonl, with these lines of `stage`. Those of a variation stay in its checkpoints."""
         self.lines[stage] = lines
-        text = "".join(json.dumps(line) + "\n" for line in self.metrics())
-        write_file(self.folder / "metrics.jsonl", text.encode())
+        if not self.changes:
+            text = "".join(as_json(line) + "\n" for line in self.metrics())
+            write_file(self.folder / "metrics.jsonl", text.encode())
 
 # ======================================================================================= Looking inside
 
@@ -1221,9 +1272,9 @@ def plotting():
     return plt
 
 
-def figures(run, base, meta, policy, accuracy, result):
-    """All pictures, from the trained modules, the probe's accuracies and the curves in metrics.jsonl."""
-    plt = plotting()
+def figures(run, base, meta, policy, result):
+    """All pictures of one run, from the trained modules, its numbers and the curves in metrics.jsonl."""
+    plt, accuracy = plotting(), result["probe"]
     config, module, palette = run.config, run.config.module, gridworld.PALETTE / 255
 
     def finish(name):
@@ -1354,6 +1405,234 @@ def bench(run):
             seconds.append(time.perf_counter() - started)
         print(f"bench: grid, {name} {scale * sorted(seconds[1:])[2]:.3f}")
 
+# ========================================================================================= Comparisons
+# Rivals of internal RL (Fig. 8), and what each choice buys (Fig. 3, 4, 7, A1, A2, App. E.2): `--figure NAME`.
+
+MOST, SEGMENT = 4, 4  # CompILE: segments of a trajectory at most; their mean length in its prior
+
+
+class CompILE(Metacontroller):
+    """A rival (App. C.4.3, as far as the text goes): relaxed switches with a prior, at most MOST segments, a
+    code inferred from a recurrent encoder's states where a segment begins and ends; θ learns, too."""
+    # differs from the paper: the encoder is a GRU (there: blocks like the base model's), it reads e_{t,0}, an
+    # affine map of the raw observation; codes have one length and σ; one α for both KL terms; SEGMENT (there
+    # 10) is about the length of a leg, as it is there.
+
+    def draw_gates(self, beta, generator):
+        uniform = torch.rand(beta.shape, generator=generator, device=beta.device)
+        noise = uniform.logit(eps=1e-6) if self.training else 0
+        gates = ((beta.logit(eps=1e-6) + noise) / 0.5).sigmoid()  # Gumbel-softmax of two, temperature 0.5
+        gates = gates * (MOST - gates.cumsum(1) + gates).clamp(0, 1)
+        return gates > THRESHOLD, gates
+
+    def evidence(self, e, h, starts, length):
+        return torch.cat([h, h.gather(1, next_opening(starts, length)[..., None].expand_as(h))], -1)
+
+    def kl(self, beta, gates, mu, log_sigma):
+        p = beta[:, 1:].clamp(1e-6, 1 - 1e-6)  # β_1 = 1 is no choice
+        switches = p * (p * SEGMENT).log() + (1 - p) * ((1 - p) / (1 - 1 / SEGMENT)).log()
+        return super().kl(beta, gates, mu, log_sigma) + F.pad(switches, (1, 0))
+
+    def forget_codes(self):
+        super().forget_codes()
+        self.__class__ = Metacontroller  # with new codes it learns on as ours does
+
+
+def discover_by(run, base):
+    """Stage 4 by `--method` → (base model, metacontroller). forced: every gate is open (C.4.1). cotrain: θ
+    and φ learn together from random weights (C.4.2). compile: CompILE, which starts from the pretrained θ."""
+    config, scratch = run.config, run.config.method == "cotrain"
+    if config.method not in ("cotrain", "compile"):
+        return base, discover(run, base)
+    torch.manual_seed(config.seed)
+    base = (Base(config).to(run.device) if scratch else copy.deepcopy(base)).requires_grad_(True).train()
+    kind, more_steps = (Metacontroller, config.pretrain_steps) if scratch else (CompILE, 0)
+    return base, discover(run, base, kind, more_steps)
+
+
+def mixed_up(run, base, meta, policy):
+    """Success with something else in place of the policy's codes."""
+    draws, result = run.evaluation("bar codes"), {}
+    dealt = lambda z: z[torch.randperm(len(z), generator=draws, device=z.device)]
+    prior = lambda z: torch.randn(z.shape, generator=draws, device=z.device)
+    for name, change in dict(dealt_codes=dealt, prior_codes=prior, zero_codes=torch.zeros_like).items():
+        intervention = with_policy(run, meta, policy, run.config.evaluation)
+        intervention.choose = lambda *now, actor=intervention.choose: change(actor(*now))
+        result[name] = solved(run, base, intervention).mean().item()
+    return result
+
+
+def gradient_noise(run):
+    """How noisy is the policy gradient where RL starts, on tasks of 1, 2, … visits whose transitions the base
+    model knows? → noise: variance of an episode's gradient, mean over parameters (of other networks, so
+    compare how it grows); episodes_needed: until the variance of their mean is the squared gradient. Lists,
+    a number a task; nan if fewer than ten episodes are solved, or more are needed than were played."""
+    config, generator, tokens = run.config, run.evaluation("codes"), run.config.method == "raw"
+    n, size, result = 4 * config.rl_batch, gridworld.SUBGOAL_SIZE[config.subgoals], {}
+    task = [subgoal * size + i for subgoal in (0, 2, 0, 2, 0) for i in range(size)]  # A C A C A
+    base, meta = (pretrain(run)[0], None) if tokens else discover_by(run, pretrain(run)[0])
+    torch.manual_seed(config.seed)
+    learner = base.requires_grad_(True) if tokens else Policy(config).to(run.device)
+    for visits in range(1, len(task) + 1):
+        actor = None if tokens else PolicyActor(config, learner, n, config.std_start, generator)
+        intervene = None if tokens else CodeIntervention(config, meta, actor, n)
+        played = play(config, base, new_game(config, run.layouts(n), task[:visits]), generator, intervene)
+        gradients, advantage = [], advantages(played.success)
+        for rows in torch.arange(n, device=run.device).tensor_split(min(n, 64)):
+            if tokens:
+                log_prob = config.module.log_prob(base(played.observation[rows, :-1]), played.action[rows])
+                mask = played.valid[rows]
+            else:
+                mean = learner.replay(actor.e[rows], actor.count[rows])
+                log_prob = gaussian_log_prob(actor.z[rows], mean, config.std_start)
+                mask = torch.arange(config.max_steps, device=run.device) < actor.count[rows, None]
+            gain = ((log_prob * mask).sum(1) * advantage[rows]).mean()
+            each = torch.autograd.grad(gain, list(learner.parameters()), allow_unused=True)
+            gradients.append(torch.cat([g.flatten() for g in each if g is not None]))
+        gradients = torch.stack(gradients)  # [64, parameters]
+        variance = gradients.var(0) * n / len(gradients)  # of one episode's
+        squared = gradients.mean(0).square().sum() - variance.sum() / n  # without bias
+        known, needed = played.success.sum() >= 10, (variance.sum() / squared).item()
+        needed = needed if known and 0 < needed < n else math.nan
+        result.setdefault("noise", []).append(variance.mean().item() if known else math.nan)
+        result.setdefault("episodes_needed", []).append(needed)
+    return result
+
+
+def draw_curves(plt, config, results):
+    """Success, median and quartiles, over episodes and over minutes, those of all stages before included."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="row", sharey="col")
+    print(f"\n{'':60}{'first':>9}{'final':>9}{'thousand episodes to .5':>26}   (medians)")
+    for (label, seeds), colour in zip(results.items(), ["black", *plt.get_cmap("tab20").colors]):
+        curves = [[(line["episodes"] / 1000, result["minutes_before"] + line["time_s"] / 60, line["success"])
+                   for line in result["curve"]] for result in seeds.values()]
+        episodes, minutes, success = np.array(curves).transpose(2, 0, 1)  # each [seeds, reports]
+        half = [next((k for k, x in zip(*curve) if x >= 0.5), math.inf) for curve in zip(episodes, success)]
+        final = [result.get("internal_success", result.get("raw_success")) for result in seeds.values()]
+        print(f"{label:60}{np.median(success[:, 0]):9.4f}{np.median(final):9.4f}{np.median(half):26.0f}")
+        low, middle, high = np.quantile(success, (0.25, 0.5, 0.75), axis=0).clip(0.5 / config.rl_batch)
+        for row, x, name in zip(axes, (episodes, minutes), ("thousand episodes", "minutes")):
+            for axis, scale in zip(row, ("linear", "log")):
+                axis.plot(np.median(x, 0), middle, color=colour, label=label)
+                axis.fill_between(np.median(x, 0), low, high, color=colour, alpha=0.2)
+                axis.set(xlabel=name, ylabel=f"success on {config.post_task}", yscale=scale)
+    axes[0, 0].legend(fontsize=6)
+    return figure
+
+
+def draw_rate(plt, config, results):
+    """KL over NLL, filled where gates are aligned with subgoals (precision and recall, ±0, at least 0.9)."""
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for label, seeds in results.items():
+        colour = "C1" if "cotrain" in label else "C0"
+        for last in (result["gates"] for result in seeds.values()):
+            aligned = min(last["gate_precision"], last["gate_recall"]) >= 0.9
+            axis.plot(last["nll"], last["kl"], "o", color=colour, mfc=colour if aligned else "none")
+            axis.annotate(label, (last["nll"], last["kl"]), fontsize=6)
+    axis.set(xlabel="−ln p of the expert's move, nats", ylabel="KL, nats a step", yscale="log")
+    return figure
+
+
+def draw_numbers(plt, config, results, names):
+    """A column for each of these numbers: a dot a seed, a bar at the median. Of lists: a line, the median."""
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 2 + 0.35 * len(results)))
+    for axis, name in zip(axes, names):
+        axis.set(xlabel=name.replace("_", " "))
+        for row, (label, seeds) in enumerate(results.items()):
+            values = np.array([result.get(name) for result in seeds.values()], float)  # [seeds] or [seeds, x]
+            if values.ndim == 2:
+                axis.plot(range(1, 1 + values.shape[1]), np.median(values, 0), "o-", label=label)
+                axis.set(yscale="linear" if name == "probe" else "log", ylabel=name,
+                         xlabel="residual stream, 1: embedding" if name == "probe" else "visits of the task")
+                axis.legend(fontsize=6)
+            else:
+                axis.plot(values, row + 0.1 * (np.arange(len(values)) - len(values) // 2), "o", alpha=0.7)
+                axis.plot(np.median(values), row, "|", color="black", ms=14)
+                axis.set_yticks(range(len(results)), results if axis is axes[0] else [""] * len(results))
+    return figure
+
+
+def grid(**settings):
+    """Variations: every combination of these values of settings."""
+    return [dict(zip(settings, values)) for values in itertools.product(*settings.values())]
+
+
+PLAIN = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as many steps as all our parts
+FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to draw or which numbers
+    "baselines": (
+        "Internal RL learns; rivals with as many episodes", "discover rl",
+        [{}, *grid(method=["raw"], temperature=[1.0, 3.0], raw_lr=[1e-4, 1e-3]),
+         *grid(method=["forced"], **PLAIN), *grid(method=["cotrain"], code_steps=[0]),
+         *grid(method=["compile"], rate=[0.0], alpha=[0.1], **PLAIN)], draw_curves),
+    "controls": (
+        "What a sceptic would try instead", "discover rl",
+        [{}, *grid(method=["raw"], temperature=[1.0, 2.0, 3.0, 5.0], raw_lr=[1e-4, 1e-3]),
+         *grid(method=["raw"], scratch=[True], raw_lr=[1e-4, 3e-4, 1e-3]), dict(method="forced"),
+         dict(bias=True)], draw_curves),
+    "rate": (
+        "Rate and distortion in stage gates (filled: gates open where subgoals change)", "discover",
+        [*grid(code_steps=[0], rate=[0.3, 0.6, 1.2, 2.4, 4.8]),
+         *grid(code_steps=[0], method=["cotrain"], rate=[0.6, 1.2, 2.4])], draw_rate),
+    "depth": (
+        "Where the subgoal can be read, and where control must act", "probe steer",
+        [*grid(control_layer=[1, 2, 3, 4]), *grid(layers=[2], control_layer=[1, 2]),
+         *grid(pretrain_steps=[1200, 2400, 4800])], ("steer_success", "labels_withheld", "probe")),
+    "pretraining": (
+        "Which base model can be steered", "steer discover",
+        [{}, *grid(pretrain_steps=[2400, 19200]), *grid(weight_decay=[0.0, 0.3]), *grid(next_obs=[0.0, 0.1]),
+         *grid(noise=[0.1, 0.2])], ("gap", "steer_success", "labels_withheld", "withheld")),
+    "discovery": (
+        "What each choice in discovery buys, and our turns for rivals", "discover rl",
+        [{}, dict(mirror=False), *grid(**PLAIN), *grid(rate=[0.0], alpha=[0.05, 0.1]), dict(per_step=True),
+         dict(read_embedding=False), dict(method="cotrain"), dict(method="compile", rate=0.0, alpha=0.1)],
+        ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
+    "variance": (
+        "Where RL starts: how much the gradient varies, and how many episodes it needs", "noise",
+        [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
+MINUTES = dict(pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)  # of quick
+
+
+def stages_of(config, parts):
+    """The stages that these parts need, in their order."""
+    discovery = ["gates", "turns", "codes"] if config.code_steps > 0 else ["gates"]
+    own = {"discover": discovery, "noise": discovery}
+    parts = ["raw"] if config.method == "raw" else parts.split()
+    return ["pretrain", *(stage for part in parts for stage in own.get(part, [part]))]
+
+
+def compare(runs, name, together):
+    """One of FIGURES over the seeds of all runs, whose finished stages are used. Prints what it will cost,
+    writes TOGETHER-NAME.json with all numbers and TOGETHER-NAME.png."""
+    text, parts, variations, draw = FIGURES[name]
+    runs, cost = [run.vary(**changes) for run in runs for changes in variations], {}
+    for run in runs:
+        for stage in stages_of(run.config, parts):
+            setting, saved = stage.rstrip("s") + "_steps", run.load(stage)
+            count, usual = (getattr(c, setting, c.rl_episodes) for c in (run.config, Settings))
+            count += (stage == "gates" and run.config.method == "cotrain") * run.config.pretrain_steps
+            cost[run.path(stage)] = MINUTES[stage] * count / usual * (not saved or "optimizer" in saved)
+    print(f"figure {name}: {len(variations)} variations of {len(runs) // len(variations)} seeds, about "
+          f"{sum(cost.values()):.0f} minutes on one thread of a slow Xeon, in the quick preset", flush=True)
+    results = {}
+    for run in runs:
+        label = ", ".join(f"{name} {value}" for name, value in run.changes.items()) or "as it is"
+        print(f"\n{name}, seed {run.config.seed}: {label}", flush=True)
+        result = gradient_noise(run) if parts == "noise" else run_stages(run, parts.split())
+        *before, last = stages_of(run.config, parts)
+        before = before[run.config.method == "cotrain":]  # which learned its θ in gates
+        result |= dict(curve=run.lines[last], gates=run.lines.get("gates", [None])[-1],
+                       minutes_before=sum(run.lines[stage][-1]["time_s"] for stage in before) / 60)
+        results.setdefault(label, {})[run.config.seed] = result
+    write_file(Path(f"{together}-{name}.json"), results)
+    plt = plotting()
+    more = () if callable(draw) else (draw,)
+    figure = (draw if callable(draw) else draw_numbers)(plt, runs[0].config, results, *more)
+    figure.suptitle(f"{text} (seeds {', '.join(map(str, next(iter(results.values()))))})")
+    figure.tight_layout()
+    figure.savefig(f"{together}-{name}.png", dpi=110)
+    plt.close(figure)
+    print(f"\nwritten to {together}-{name}.json and {together}-{name}.png", flush=True)
+
 # ========================================================================================= Command line
 
 SOLVED = 0.6  # a seed counts as solved if internal RL reaches this success
@@ -1414,83 +1693,35 @@ def with_policy(run, meta, policy, batch):
     return CodeIntervention(run.config, meta, actor, batch)
 
 
-CONTROLS = {  # what a sceptic would try instead → the settings that do it
-    **{f"tokens, temperature {t}, rate {lr:g}": dict(temperature=float(t), raw_lr=lr)
-       for t in (1, 2, 3, 5) for lr in (1e-4, 1e-3)},
-    **{f"tokens, random weights, rate {lr:g}": dict(scratch=True, raw_lr=lr) for lr in (1e-4, 3e-4, 1e-3)},
-    "a new code at every step": dict(forced=True), "e + b(z), not e + U(z) e": dict(bias=True)}
-
-
 def by_chance(run):
     """{"random_success": how often random moves solve the post-training task}, empty where nobody knows."""
     chance = run.config.module.random_success(run.config, run.layouts(run.config.evaluation))
     return {} if chance is None else {"random_success": chance.mean().item()}
 
 
-def controls(run):
-    """The same base model and as many episodes, with something else in place of internal RL; and what the
-    policy's codes are worth when they are mixed up. Writes controls.json and controls.png."""
-    success, curves, config = {}, {}, run.config
-    base, _ = pretrain(run)
-    for name, changes in CONTROLS.items():
-        folder = run.folder / "".join(c if c.isalnum() else "-" for c in name)
-        folder.mkdir(parents=True, exist_ok=True)
-        own = Run(replace(config, **changes), folder, run.device, run.data)
-        own.fingerprints["pretrain"] = run.fingerprints["pretrain"]
-        if {"forced", "bias"} & changes.keys():
-            meta = discover(own, base)
-            actor = with_policy(own, meta, internal_rl(own, base, meta), config.evaluation)
-            success[name] = solved(own, base, actor).mean().item()
-        else:
-            success[name] = solved(own, raw_rl(own, base)).mean().item()
-        curves[name] = [line for line in own.metrics() if "episodes" in line]
-    meta = discover(run, base)
-    policy, draws = internal_rl(run, base, meta), run.evaluation("bar codes")
-    curves["internal RL"] = [line for line in run.metrics() if line["stage"] == "rl"]
-    shuffled = lambda z: z[torch.randperm(len(z), generator=draws, device=z.device)]
-    random = lambda z: torch.randn(z.shape, generator=draws, device=z.device)
-    for name, change in {"internal RL": lambda z: z, "its codes, each in another game": shuffled,
-                         "codes from N(0, I)": random, "the code 0": torch.zeros_like}.items():
-        actor = PolicyActor(config, policy, config.evaluation, 0.0, draws)
-        choose = lambda e, games: change(actor(e, games))
-        intervention = CodeIntervention(config, meta, choose, config.evaluation)
-        success[name] = solved(run, base, intervention).mean().item()
-    labels = solved(run, base, with_labels(config, steer(run, base))).mean().item()
-    success["labelled controllers"] = labels
-    success |= by_chance(run)
-    for name, value in success.items():
-        print(f"{name:40}{value:12.6f}")
-    write_file(run.folder / "controls.json", success)
-    plt = plotting()
-    _, axis = plt.subplots(figsize=(9, 4))
-    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, lines in curves.items():
-        axis.plot([x["episodes"] / 1000 for x in lines], [x["success"] for x in lines], label=name)
-    axis.lines[-1].set(color="black", lw=2)
-    axis.axhline(labels, ls="--", color="gray", label="labelled controllers")
-    axis.set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    plt.tight_layout()
-    plt.savefig(run.folder / "controls.png", dpi=110)
-
-
 def listed(matrix):
-    """A matrix for JSON: three digits, None instead of nan."""
-    return [[None if math.isnan(x) else round(x, 3) for x in row] for row in matrix.tolist()]
+    """A matrix for JSON: three digits."""
+    return [[round(x, 3) for x in row] for row in matrix.tolist()]
 
 
-def run_stages(run, wanted):
-    """Runs the stage `wanted` (or "all") and what it builds on. Returns the numbers of TABLE it got to."""
+PARTS = {"pretrain": "", "probe": "probe", "steer": "steer", "discover": "discover", "rl": "discover rl raw",
+         "raw": "raw", "all": "probe steer discover rl raw"}  # --stage → the parts of `run_stages`
+
+
+def run_stages(run, parts):
+    """Runs these parts of an experiment (see PARTS) → the numbers of TABLE it got to, and a few more."""
     result, config = {}, run.config
+    if config.method == "raw" and "rl" in parts:
+        parts = ["raw"]
     base, result["gap"] = pretrain(run)
-    if wanted in ("all", "probe"):
-        accuracy = train_probe(run, base)
-        result["probe_best"] = max(accuracy)
+    if "probe" in parts:
+        result["probe"] = train_probe(run, base)
+        result["probe_best"] = max(result["probe"])
         floors = config.module.action_floor(config, config.module.LOOK["trajectories"],
                                             run.evaluation("held-out trajectories"))
         if floors[1] is not None:
             result["probe_ceiling"] = floors[1]
-    if wanted in ("all", "steer"):
+    if "steer" in parts:
         controllers = steer(run, base)
         result["steer_success"] = solved(run, base, with_labels(config, controllers)).mean().item()
         matrix = composition(run, base, controllers)
@@ -1500,23 +1731,26 @@ def run_stages(run, wanted):
         result |= by_chance(run)
         print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)
-    if wanted in ("all", "discover", "rl"):
-        meta = discover(run, base)
-        scores, matrix = inspect_codes(run, base, meta)
+    if "discover" in parts:
+        controlled, meta = discover_by(run, base)
+        scores, matrix = inspect_codes(run, controlled, meta)
         result.update(scores, **trivial_gates(run), matrix_codes=listed(matrix))
-    if wanted in ("all", "rl"):
-        policy = internal_rl(run, base, meta)
+    if "rl" in parts:
+        policy = internal_rl(run, controlled, meta)
         intervention = with_policy(run, meta, policy, config.evaluation)
-        success = solved(run, base, intervention)
+        success = solved(run, controlled, intervention)
         result["internal_success"] = success.mean().item()
         if success.any():
             result["switches_solved"] = intervention.choose.count[success > 0].float().mean().item()
+        result |= mixed_up(run, controlled, meta, policy)
+    if "raw" in parts:
         result["raw_success"] = solved(run, raw_rl(run, base)).mean().item()
-        print(f"rl: success on held-out layouts: internal {result['internal_success']:.4f}, "
-              f"{config.module.RAW} {result['raw_success']:.4f}", flush=True)
-    if wanted == "all":
-        figures(run, base, meta, policy, accuracy, result)
-    result["seconds"] = round(sum(saved["seconds"] for saved in map(run.load, STAGES) if saved), 1)
+    for name, text in ("internal_success", "internal"), ("raw_success", config.module.RAW):
+        if name in result:
+            print(f"rl: success on held-out layouts: {text} {result[name]:.4f}", flush=True)
+    if len(parts) == 5:
+        result["seconds"] = round(sum(saved["seconds"] for saved in map(run.load, STAGES) if saved), 1)
+        figures(run, controlled, meta, policy, result)
     return result
 
 
@@ -1525,7 +1759,7 @@ def print_table(config, results):
     seeds = "".join(f"{f'seed {seed}':>10}" for seed in results)
     print(f"\n{'':62}{seeds}{'median':>10}   expect (quick)")
     for name, text in TABLE.items():
-        values = [result.get(name, math.nan) for result in results.values()]  # nan: nothing to measure
+        values = np.array([result.get(name) for result in results.values()], float)  # nan: nothing to measure
         if not np.isnan(values).all():
             print(f"{text.format(**asdict(config)):62}" + "".join(f"{v:10.4g}" for v in values)
                   + f"{np.nanmedian(values):10.4g}   {config.module.EXPECT.get(name, '')}")
@@ -1574,9 +1808,11 @@ def parse_arguments(arguments):
                         help="named settings: tiny (a minute), quick (default), pairs (grid, an hour), "
                              "paper (a large GPU, days)")
     parser.add_argument("--stage", default="all",
-                        choices="all pretrain probe steer discover rl controls table bench".split(),
-                        help="what to run, after what it builds on; controls: rivals; table: only compare "
-                             "seeds that are finished; bench: speed")
+                        choices=[*PARTS, "table", "bench"],
+                        help="what to run, after what it builds on; table: only compare seeds that are "
+                             "finished; bench: speed")
+    parser.add_argument("--figure", choices=[*FIGURES, "all"],
+                        help="compare variations of the settings (made for the quick preset), see FIGURES")
     parser.add_argument("--seeds", metavar="0,1,2", help="several seeds one after another (overrides --seed)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where")
     parser.add_argument("--out", metavar="FOLDER", help="run folder (runs/TASK-PRESET-sSEED); with --seeds, "
@@ -1640,6 +1876,8 @@ def main(arguments=None):
         check(own := replace(config, seed=seed))
         folder = together if options.out and len(seeds) == 1 else f"{together}-s{seed}"
         runs.append(Run(own, folder, device, options.data))
+    if options.figure and (options.stage != "all" or config.method != "internal"):
+        refuse("--figure chooses --stage and --method itself")
     if options.stage == "bench":
         return bench(runs[0])
     for run in runs:  # refuse before anything is written
@@ -1660,17 +1898,18 @@ def main(arguments=None):
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
               f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
         write_file(run.folder / "config.json", asdict(run.config))
-        if options.stage == "controls":
-            controls(run)
+        if options.figure:
             continue
-        results[run.config.seed] = run_stages(run, options.stage)
+        results[run.config.seed] = run_stages(run, PARTS[options.stage].split())
         if options.stage == "all":
             write_file(run.folder / "result.json", results[run.config.seed])
+    for name in FIGURES if options.figure == "all" else [options.figure] if options.figure else []:
+        compare(runs, name, together if len(runs) > 1 else runs[0].folder)
     if results:
         print_table(config, results)
     if len(results) > 1:
         write_file(Path(f"{together}-results.json"), results)
-        if options.stage in ("all", "table"):
+        if options.stage in ("all", "table") and config.method != "raw":
             compare_seeds(config, results, together)
         print(f"\nwritten to {together}-results.json")
 
