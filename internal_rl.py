@@ -133,8 +133,8 @@ class Settings:
                           "cotrain (the base model learns, too, from scratch), compile (CompILE)",
                           choices=["internal", "raw", "forced", "cotrain", "compile"])
     bias: bool = setting(False, "codes", "control: in the end e + b(z) in place of e + U(z) e")
-    per_step: bool = setting(False, "gates", "control: first a summary s_t of what is to come at each step")
-    temperature: float = setting(1.0, "raw", "control: the baseline starts with logits over this", 0.01, 100)
+    per_step: bool = setting(False, "gates", "control: gates are learned with a summary s_t of o_t … o_T+1")
+    temperature: float = setting(1.0, "raw", "control: the baseline starts with logits divided by this", 0.01, 100)
     scratch: bool = setting(False, "raw", "control: the baseline starts from random weights")
     tolerance: int = setting(0, "", "only measures: how many steps a gate may be off", 0, 100)
     evaluation: int = setting(1024, "", "only measures: layouts on which success is measured", 8, 10 ** 6)
@@ -709,7 +709,7 @@ def settle(run, base, meta):
 
 
 def learn_codes(run, base, meta, stage, count):
-    """What to send: encoder and f_hyp are new, both times with the same weights. In "turns" they learn for
+    """What to send: encoder and f_hyp are new, both times with the same first values. In "turns" they learn for
     one quarter, for two together with the gate, and for one the gate alone; in "codes" it stays."""
     config, generator = run.config, run.generator(stage)
     torch.manual_seed(config.seed)
@@ -1406,7 +1406,11 @@ def bench(run):
         print(f"bench: grid, {name} {scale * sorted(seconds[1:])[2]:.3f}")
 
 # ========================================================================================= Comparisons
-# Rivals of internal RL (Fig. 8), and what each choice buys (Fig. 3, 4, 7, A1, A2, App. E.2): `--figure NAME`.
+# --figure NAME. Rivals (Fig. 8, C.4-5): raw: PPO on moves. forced: a code every step. cotrain: base model and
+# metacontroller from scratch, together. compile: CompILE. With code_steps 0 gates and codes are learned at
+# once, as in the paper; else our turns follow. baselines (Fig. 8), controls: success over episodes; rate
+# (Fig. 7): KL over NLL; depth, pretraining (Fig. 3, 4, A1, A2): labelled controllers; discovery: parts left
+# out, rivals with our turns; variance (E.2): the first policy gradient, where base models know the way.
 
 MOST, SEGMENT = 4, 4  # CompILE: segments of a trajectory at most; their mean length in its prior
 
@@ -1541,9 +1545,10 @@ def draw_numbers(plt, config, results, names):
         for row, (label, seeds) in enumerate(results.items()):
             values = np.array([result.get(name) for result in seeds.values()], float)  # [seeds] or [seeds, x]
             if values.ndim == 2:
-                axis.plot(range(1, 1 + values.shape[1]), np.median(values, 0), "o-", label=label)
+                x = np.arange(values.shape[1]) + (name != "probe")
+                axis.plot(x, np.median(values, 0), "o-", label=label)
                 axis.set(yscale="linear" if name == "probe" else "log", ylabel=name,
-                         xlabel="residual stream, 1: embedding" if name == "probe" else "visits of the task")
+                         xlabel="layer l" if name == "probe" else "visits of the task")
                 axis.legend(fontsize=6)
             else:
                 axis.plot(values, row + 0.1 * (np.arange(len(values)) - len(values) // 2), "o", alpha=0.7)
@@ -1570,7 +1575,7 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          *grid(method=["raw"], scratch=[True], raw_lr=[1e-4, 3e-4, 1e-3]), dict(method="forced"),
          dict(bias=True)], draw_curves),
     "rate": (
-        "Rate and distortion in stage gates (filled: gates open where subgoals change)", "discover",
+        "Rate and distortion in gates (orange: cotrain; filled: open where subgoals change)", "discover",
         [*grid(code_steps=[0], rate=[0.3, 0.6, 1.2, 2.4, 4.8]),
          *grid(code_steps=[0], method=["cotrain"], rate=[0.6, 1.2, 2.4])], draw_rate),
     "depth": (
@@ -1587,16 +1592,16 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          dict(read_embedding=False), dict(method="cotrain"), dict(method="compile", rate=0.0, alpha=0.1)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": (
-        "Where RL starts: how much the gradient varies, and how many episodes it needs", "noise",
+        "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
         [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
-MINUTES = dict(pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)  # of quick
+MINUTES = dict(pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)  # if unrewarded
 
 
 def stages_of(config, parts):
     """The stages that these parts need, in their order."""
     discovery = ["gates", "turns", "codes"] if config.code_steps > 0 else ["gates"]
-    own = {"discover": discovery, "noise": discovery}
-    parts = ["raw"] if config.method == "raw" else parts.split()
+    own, tokens = {"discover": discovery, "noise": discovery}, [] if parts == "noise" else ["raw"]
+    parts = tokens if config.method == "raw" else parts.split()
     return ["pretrain", *(stage for part in parts for stage in own.get(part, [part]))]
 
 
@@ -1604,18 +1609,18 @@ def compare(runs, name, together):
     """One of FIGURES over the seeds of all runs, whose finished stages are used. Prints what it will cost,
     writes TOGETHER-NAME.json with all numbers and TOGETHER-NAME.png."""
     text, parts, variations, draw = FIGURES[name]
-    runs, cost = [run.vary(**changes) for run in runs for changes in variations], {}
-    for run in runs:
+    varied, cost = [(changes, run.vary(**changes)) for run in runs for changes in variations], {}
+    for _, run in varied:
         for stage in stages_of(run.config, parts):
             setting, saved = stage.rstrip("s") + "_steps", run.load(stage)
             count, usual = (getattr(c, setting, c.rl_episodes) for c in (run.config, Settings))
             count += (stage == "gates" and run.config.method == "cotrain") * run.config.pretrain_steps
             cost[run.path(stage)] = MINUTES[stage] * count / usual * (not saved or "optimizer" in saved)
-    print(f"figure {name}: {len(variations)} variations of {len(runs) // len(variations)} seeds, about "
+    print(f"figure {name}: {len(variations)} variations of {len(runs)} seeds, about "
           f"{sum(cost.values()):.0f} minutes on one thread of a slow Xeon, in the quick preset", flush=True)
     results = {}
-    for run in runs:
-        label = ", ".join(f"{name} {value}" for name, value in run.changes.items()) or "as it is"
+    for changes, run in varied:
+        label = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
         print(f"\n{name}, seed {run.config.seed}: {label}", flush=True)
         result = gradient_noise(run) if parts == "noise" else run_stages(run, parts.split())
         *before, last = stages_of(run.config, parts)
