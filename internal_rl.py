@@ -1632,7 +1632,7 @@ def compare(runs, name, together):
     plt = plotting()
     more = () if callable(draw) else (draw,)
     figure = (draw if callable(draw) else draw_numbers)(plt, runs[0].config, results, *more)
-    figure.suptitle(f"{text} (seeds {', '.join(map(str, next(iter(results.values()))))})")
+    figure.suptitle(f"{text} (seeds {', '.join(map(str, next(iter(results.values()))))})", fontsize=9)
     figure.tight_layout()
     figure.savefig(f"{together}-{name}.png", dpi=110)
     plt.close(figure)
