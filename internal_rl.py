@@ -1876,12 +1876,15 @@ def main(arguments=None):
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     device, runs, results = torch.device(device), [], {}
+    names = list(FIGURES) if options.figure == "all" else [options.figure] if options.figure else []
     together = options.out or f"runs/{options.task}-{options.preset}"
     for seed in seeds:
         check(own := replace(config, seed=seed))
+        for changes in (changes for name in names for changes in FIGURES[name][2]):
+            check(replace(own, **changes))
         folder = together if options.out and len(seeds) == 1 else f"{together}-s{seed}"
         runs.append(Run(own, folder, device, options.data))
-    if options.figure and (options.stage != "all" or config.method != "internal"):
+    if names and (options.stage != "all" or config.method != "internal"):
         refuse("--figure chooses --stage and --method itself")
     if options.stage == "bench":
         return bench(runs[0])
@@ -1903,12 +1906,12 @@ def main(arguments=None):
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
               f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
         write_file(run.folder / "config.json", asdict(run.config))
-        if options.figure:
+        if names:
             continue
         results[run.config.seed] = run_stages(run, PARTS[options.stage].split())
         if options.stage == "all":
             write_file(run.folder / "result.json", results[run.config.seed])
-    for name in FIGURES if options.figure == "all" else [options.figure] if options.figure else []:
+    for name in names:
         compare(runs, name, together if len(runs) > 1 else runs[0].folder)
     if results:
         print_table(config, results)

@@ -1625,6 +1625,8 @@ def test_figure_command(finished, tmp_path, monkeypatch, capsys):
     assert 0 < moved["compile"] < moved["cotrain"]
     for more in (("--method", "forced"), ("--stage", "rl")):
         assert more[0] in refused(capsys, *SMALL, "--figure", "rate", *more, "--out", tmp_path / "run")
+    assert "control_layer 3" in refused(capsys, *SMALL, "--figure", "depth", "--layers", 2, "--out", tmp_path / "new")  # in one of its variations
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", rl.FIGURES)
