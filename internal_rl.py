@@ -95,7 +95,7 @@ class Settings:
     width: int = setting(128, "pretrain", "residual width n_e, also of the policy", 1, 8192)
     layers: int = setting(4, "pretrain", "blocks L of the base model", 2, 128)
     heads: int = setting(4, "pretrain", "attention heads, or blocks of Hawk's gate matrices", 1, 128)
-    window: int = setting(0, "pretrain", "a block sees so many last steps; 0: all", 0, 10 ** 5)
+    window: int = setting(0, "pretrain", "attention sees so many last steps; 0: all (paper)", 0, 10 ** 5)
     pretrain_steps: int = setting(9600, "pretrain", "base model: training steps", 1, 10 ** 8)
     pretrain_batch: int = setting(64, "pretrain", "base model: trajectories a step", 1, 10 ** 5)
     pretrain_lr: float = setting(3e-3, "pretrain", "base model: peak learning rate", 1e-12, 1e6)
@@ -1449,6 +1449,7 @@ def discover_by(run, base):
     if config.method not in ("cotrain", "compile"):
         return base, discover(run, base)
     torch.manual_seed(config.seed)
+    # differs from the paper: from scratch on the ant, too (there from the pretrained θ).
     base = (Base(config).to(run.device) if scratch else copy.deepcopy(base)).requires_grad_(True).train()
     kind, more_steps = (Metacontroller, config.pretrain_steps) if scratch else (CompILE, 0)
     return base, discover(run, base, kind, more_steps)
@@ -1537,7 +1538,7 @@ def draw_rate(plt, config, results):
     return figure
 
 
-def draw_numbers(plt, config, results, names):
+def draw_numbers(plt, results, names):
     """A column for each of these numbers: a dot a seed, a bar at the median. Of lists: a line, the median."""
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 2 + 0.35 * len(results)))
     for axis, name in zip(axes, names):
@@ -1562,13 +1563,13 @@ def grid(**settings):
     return [dict(zip(settings, values)) for values in itertools.product(*settings.values())]
 
 
-PLAIN = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as many steps as all our parts
+AT_ONCE = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as many steps as all our parts
 FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to draw or which numbers
     "baselines": (
-        "Internal RL learns; rivals with as many episodes", "discover rl",
+        "Internal RL and its rivals, as many episodes each", "discover rl",
         [{}, *grid(method=["raw"], temperature=[1.0, 3.0], raw_lr=[1e-4, 1e-3]),
-         *grid(method=["forced"], **PLAIN), *grid(method=["cotrain"], code_steps=[0]),
-         *grid(method=["compile"], rate=[0.0], alpha=[0.1], **PLAIN)], draw_curves),
+         *grid(method=["forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
+         *grid(method=["compile"], rate=[0.0], alpha=[0.1], **AT_ONCE)], draw_curves),
     "controls": (
         "What a sceptic would try instead", "discover rl",
         [{}, *grid(method=["raw"], temperature=[1.0, 2.0, 3.0, 5.0], raw_lr=[1e-4, 1e-3]),
@@ -1588,21 +1589,22 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          *grid(noise=[0.1, 0.2])], ("gap", "steer_success", "labels_withheld", "withheld")),
     "discovery": (
         "What each choice in discovery buys, and our turns for rivals", "discover rl",
-        [{}, dict(mirror=False), *grid(**PLAIN), *grid(rate=[0.0], alpha=[0.05, 0.1]), dict(per_step=True),
+        [{}, dict(mirror=False), *grid(**AT_ONCE), *grid(rate=[0.0], alpha=[0.05, 0.1]), dict(per_step=True),
          dict(read_embedding=False), dict(method="cotrain"), dict(method="compile", rate=0.0, alpha=0.1)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": (
         "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
         [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
-MINUTES = dict(pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)  # if unrewarded
+MINUTES = dict(  # of each stage in the quick preset, one thread of a slow Xeon (raw: ten times that if rewarded)
+    pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)
 
 
 def stages_of(config, parts):
     """The stages that these parts need, in their order."""
-    discovery = ["gates", "turns", "codes"] if config.code_steps > 0 else ["gates"]
-    own, tokens = {"discover": discovery, "noise": discovery}, [] if parts == "noise" else ["raw"]
-    parts = tokens if config.method == "raw" else parts.split()
-    return ["pretrain", *(stage for part in parts for stage in own.get(part, [part]))]
+    if config.method == "raw":
+        return ["pretrain"] if parts == "noise" else ["pretrain", "raw"]
+    discovery = "gates turns codes" if config.code_steps > 0 else "gates"
+    return ["pretrain", *re.sub("discover|noise", discovery, parts).split()]
 
 
 def compare(runs, name, together):
@@ -1624,14 +1626,13 @@ def compare(runs, name, together):
         print(f"\n{name}, seed {run.config.seed}: {label}", flush=True)
         result = gradient_noise(run) if parts == "noise" else run_stages(run, parts.split())
         *before, last = stages_of(run.config, parts)
-        before = before[run.config.method == "cotrain":]  # which learned its θ in gates
+        before = before[1:] if run.config.method == "cotrain" else before  # it learned its θ in gates
         result |= dict(curve=run.lines[last], gates=run.lines.get("gates", [None])[-1],
                        minutes_before=sum(run.lines[stage][-1]["time_s"] for stage in before) / 60)
         results.setdefault(label, {})[run.config.seed] = result
     write_file(Path(f"{together}-{name}.json"), results)
-    plt = plotting()
-    more = () if callable(draw) else (draw,)
-    figure = (draw if callable(draw) else draw_numbers)(plt, runs[0].config, results, *more)
+    plt, config = plotting(), runs[0].config
+    figure = draw(plt, config, results) if callable(draw) else draw_numbers(plt, results, draw)
     figure.suptitle(f"{text} (seeds {', '.join(map(str, next(iter(results.values()))))})", fontsize=9)
     figure.tight_layout()
     figure.savefig(f"{together}-{name}.png", dpi=110)
@@ -1753,7 +1754,7 @@ def run_stages(run, parts):
     for name, text in ("internal_success", "internal"), ("raw_success", config.module.RAW):
         if name in result:
             print(f"rl: success on held-out layouts: {text} {result[name]:.4f}", flush=True)
-    if len(parts) == 5:
+    if parts == PARTS["all"].split():
         result["seconds"] = round(sum(saved["seconds"] for saved in map(run.load, STAGES) if saved), 1)
         figures(run, controlled, meta, policy, result)
     return result

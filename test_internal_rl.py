@@ -1637,7 +1637,8 @@ def test_every_figure_can_be_drawn(name, capsys):
     lists = dict(probe=[0.2, 0.4], noise=[1e-4, 1e-3, None], episodes_needed=[10.0, 20.0, math.nan])
     own = dict.fromkeys(rl.TABLE, 0.7) | lists | dict(curve=curve, minutes_before=10.0, gates=dict(nll=0.3, kl=1.0, gate_precision=math.nan, gate_recall=1.0))
     results = {str(changes): {0: own, 1: own} for changes in variations}
-    figure = (draw if callable(draw) else lambda *more: rl.draw_numbers(*more, draw))(plt := rl.plotting(), CONFIG, results)
+    plt = rl.plotting()
+    figure = draw(plt, CONFIG, results) if callable(draw) else rl.draw_numbers(plt, results, draw)
     assert len([line for axis in figure.axes for line in axis.lines]) >= len(variations)
     if draw is rl.draw_curves:
         assert [line.get_xdata().tolist() for line in figure.axes[2].lines] == [[11, 12]] * len(variations)
