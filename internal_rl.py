@@ -134,7 +134,7 @@ class Settings:
                           choices=["internal", "raw", "forced", "cotrain", "compile"])
     bias: bool = setting(False, "codes", "control: in the end e + b(z) in place of e + U(z) e")
     per_step: bool = setting(False, "gates", "control: gates are learned with a summary s_t of o_t … o_T+1")
-    temperature: float = setting(1.0, "raw", "control: the baseline starts with logits divided by this", 0.01, 100)
+    temperature: float = setting(1.0, "raw", "control: divides the logits of the baseline's start", 0.01, 100)
     scratch: bool = setting(False, "raw", "control: the baseline starts from random weights")
     tolerance: int = setting(0, "", "only measures: how many steps a gate may be off", 0, 100)
     evaluation: int = setting(1024, "", "only measures: layouts on which success is measured", 8, 10 ** 6)
@@ -709,8 +709,8 @@ def settle(run, base, meta):
 
 
 def learn_codes(run, base, meta, stage, count):
-    """What to send: encoder and f_hyp are new, both times with the same first values. In "turns" they learn for
-    one quarter, for two together with the gate, and for one the gate alone; in "codes" it stays."""
+    """What to send: encoder and f_hyp are new, both times with the same first values. In "turns" they learn
+    for one quarter, for two together with the gate, and for one the gate alone; in "codes" it stays."""
     config, generator = run.config, run.generator(stage)
     torch.manual_seed(config.seed)
     meta.forget_codes()
@@ -1456,7 +1456,8 @@ def discover_by(run, base):
 
 
 def mixed_up(run, base, meta, policy):
-    """Success with something else in place of the policy's codes."""
+    """Success with something else in place of the policy's codes. (Dealt among the games that choose at the
+    same step, which often want the same one: no zero is to be expected.)"""
     draws, result = run.evaluation("bar codes"), {}
     dealt = lambda z: z[torch.randperm(len(z), generator=draws, device=z.device)]
     prior = lambda z: torch.randn(z.shape, generator=draws, device=z.device)
@@ -1595,7 +1596,7 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
     "variance": (
         "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
         [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
-MINUTES = dict(  # of each stage in the quick preset, one thread of a slow Xeon (raw: ten times that if rewarded)
+MINUTES = dict(  # of a stage of the quick preset, one thread of a slow Xeon; raw: ten times that if rewarded
     pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)
 
 
@@ -1665,6 +1666,9 @@ TABLE = {  # name in result.json → what it is
     "product": "one code a subgoal: product of the cells along {post_task}",
     "internal_success": "internal RL, success on held-out layouts",
     "switches_solved": "codes chosen in an episode that it solves",
+    "dealt_codes": "the same codes, dealt to other games that choose at the same step",
+    "prior_codes": "codes from N(0, I) instead",
+    "zero_codes": "the code 0 instead",
     "raw_success": "RL on the model's own actions, success on held-out layouts",
     "seconds": "seconds of all stages"}
 
