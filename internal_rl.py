@@ -1568,9 +1568,9 @@ AT_ONCE = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as
 FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to draw or which numbers
     "baselines": (
         "Internal RL and its rivals, as many episodes each", "discover rl",
-        [{}, *grid(method=["raw"], temperature=[1.0, 3.0], raw_lr=[1e-4, 1e-3]),
-         *grid(method=["forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
-         *grid(method=["compile"], rate=[0.0], alpha=[0.1], **AT_ONCE)], draw_curves),
+        [{}, dict(method="raw"), *grid(method=["forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
+         *grid(method=["compile"], rate=[0.0], alpha=[0.03], **AT_ONCE),
+         dict(method="raw", temperature=3.0, raw_lr=1e-3)], draw_curves),
     "controls": (
         "What a sceptic would try instead", "discover rl",
         [{}, *grid(method=["raw"], temperature=[1.0, 2.0, 3.0, 5.0], raw_lr=[1e-4, 1e-3]),
@@ -1591,7 +1591,7 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
     "discovery": (
         "What each choice in discovery buys, and our turns for rivals", "discover rl",
         [{}, dict(mirror=False), *grid(**AT_ONCE), *grid(rate=[0.0], alpha=[0.05, 0.1]), dict(per_step=True),
-         dict(read_embedding=False), dict(method="cotrain"), dict(method="compile", rate=0.0, alpha=0.1)],
+         dict(read_embedding=False), dict(method="cotrain"), dict(method="compile", rate=0.0, alpha=0.03)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": (
         "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
