@@ -751,8 +751,9 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     learn_gates(run, base, meta, config.gate_steps + more_steps)
     base.requires_grad_(False).eval()
-    if config.code_steps > 0:
+    if config.code_std > 0:
         settle(run, base, meta)
+    if config.code_steps > 0:
         learn_codes(run, base, meta, "turns", config.turn_steps)
         learn_codes(run, base, meta, "codes", config.code_steps)
     return meta
@@ -1420,7 +1421,7 @@ class CompILE(Metacontroller):
     code inferred from a recurrent encoder's states where a segment begins and ends; θ learns, too."""
     # differs from the paper: the encoder is a GRU (there: blocks like the base model's), it reads e_{t,0}, an
     # affine map of the raw observation; codes have one length and σ; one α for both KL terms; SEGMENT (there
-    # 10) is about the length of a leg, as it is there.
+    # 10) is about the length of a leg, as it is there; where a segment ends passes no gradient.
 
     def draw_gates(self, beta, generator):
         uniform = torch.rand(beta.shape, generator=generator, device=beta.device)
@@ -1531,8 +1532,8 @@ def draw_rate(plt, config, results):
     figure, axis = plt.subplots(figsize=(7, 5))
     for label, seeds in results.items():
         colour = "C1" if "cotrain" in label else "C0"
-        for last in (result["gates"] for result in seeds.values()):
-            aligned = min(last["gate_precision"], last["gate_recall"]) >= 0.9
+        for result in seeds.values():
+            last, aligned = result["gates"], min(result["gate_precision"], result["gate_recall"]) >= 0.9
             axis.plot(last["nll"], last["kl"], "o", color=colour, mfc=colour if aligned else "none")
             axis.annotate(label, (last["nll"], last["kl"]), fontsize=6)
     axis.set(xlabel="−ln p of the expert's move, nats", ylabel="KL, nats a step", yscale="log")
@@ -1541,6 +1542,7 @@ def draw_rate(plt, config, results):
 
 def draw_numbers(plt, results, names):
     """A column for each of these numbers: a dot a seed, a bar at the median. Of lists: a line, the median."""
+    median = lambda x: np.ma.filled(np.ma.median(np.ma.masked_invalid(x), 0), np.nan)  # of what is known
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 2 + 0.35 * len(results)))
     for axis, name in zip(axes, names):
         axis.set(xlabel=name.replace("_", " "))
@@ -1548,13 +1550,13 @@ def draw_numbers(plt, results, names):
             values = np.array([result.get(name) for result in seeds.values()], float)  # [seeds] or [seeds, x]
             if values.ndim == 2:
                 x = np.arange(values.shape[1]) + (name != "probe")
-                axis.plot(x, np.median(values, 0), "o-", label=label)
+                axis.plot(x, median(values), "o-", label=label)
                 axis.set(yscale="linear" if name == "probe" else "log", ylabel=name,
                          xlabel="layer l" if name == "probe" else "visits of the task")
                 axis.legend(fontsize=6)
             else:
                 axis.plot(values, row + 0.1 * (np.arange(len(values)) - len(values) // 2), "o", alpha=0.7)
-                axis.plot(np.median(values), row, "|", color="black", ms=14)
+                axis.plot(median(values), row, "|", color="black", ms=14)
                 axis.set_yticks(range(len(results)), results if axis is axes[0] else [""] * len(results))
     return figure
 
@@ -1568,9 +1570,8 @@ AT_ONCE = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as
 FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to draw or which numbers
     "baselines": (
         "Internal RL and its rivals, as many episodes each", "discover rl",
-        [{}, dict(method="raw"), *grid(method=["forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
-         *grid(method=["compile"], rate=[0.0], alpha=[0.03], **AT_ONCE),
-         dict(method="raw", temperature=3.0, raw_lr=1e-3)], draw_curves),
+        [{}, *grid(method=["internal", "forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
+         *grid(method=["compile"], rate=[0.0], alpha=[0.03], **AT_ONCE), dict(method="raw")], draw_curves),
     "controls": (
         "What a sceptic would try instead", "discover rl",
         [{}, *grid(method=["raw"], temperature=[1.0, 2.0, 3.0, 5.0], raw_lr=[1e-4, 1e-3]),
@@ -1578,8 +1579,7 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          dict(bias=True)], draw_curves),
     "rate": (
         "Rate and distortion in gates (orange: cotrain; filled: open where subgoals change)", "discover",
-        [*grid(code_steps=[0], rate=[0.3, 0.6, 1.2, 2.4, 4.8]),
-         *grid(code_steps=[0], method=["cotrain"], rate=[0.6, 1.2, 2.4])], draw_rate),
+        grid(code_steps=[0], rate=[0.0], method=["internal", "cotrain"], alpha=[0.02, 0.06, 0.2]), draw_rate),
     "depth": (
         "Where the subgoal can be read, and where control must act", "probe steer",
         [*grid(control_layer=[1, 2, 3, 4]), *grid(layers=[2], control_layer=[1, 2]),
@@ -1590,8 +1590,8 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          *grid(noise=[0.1, 0.2])], ("gap", "steer_success", "labels_withheld", "withheld")),
     "discovery": (
         "What each choice in discovery buys, and our turns for rivals", "discover rl",
-        [{}, dict(mirror=False), *grid(**AT_ONCE), *grid(rate=[0.0], alpha=[0.05, 0.1]), dict(per_step=True),
-         dict(read_embedding=False), dict(method="cotrain"), dict(method="compile", rate=0.0, alpha=0.03)],
+        [{}, *grid(method=["forced", "cotrain"]), dict(method="compile", rate=0.0, alpha=0.03), *grid(**AT_ONCE),
+         dict(mirror=False), dict(per_step=True), dict(read_embedding=False), dict(rate=0.0, alpha=0.06)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": (
         "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
@@ -1617,7 +1617,8 @@ def compare(runs, name, together):
         for stage in stages_of(run.config, parts):
             setting, saved = stage.rstrip("s") + "_steps", run.load(stage)
             count, usual = (getattr(c, setting, c.rl_episodes) for c in (run.config, Settings))
-            count += (stage == "gates" and run.config.method == "cotrain") * run.config.pretrain_steps
+            if stage == "gates" and run.config.method == "cotrain":
+                count = 1.5 * (count + run.config.pretrain_steps)
             cost[run.path(stage)] = MINUTES[stage] * count / usual * (not saved or "optimizer" in saved)
     print(f"figure {name}: {len(variations)} variations of {len(runs)} seeds, about "
           f"{sum(cost.values()):.0f} minutes on one thread of a slow Xeon, in the quick preset", flush=True)
@@ -1670,6 +1671,7 @@ TABLE = {  # name in result.json → what it is
     "prior_codes": "codes from N(0, I) instead",
     "zero_codes": "the code 0 instead",
     "raw_success": "RL on the model's own actions, success on held-out layouts",
+    "raw_cold": "the same, almost without noise (logits times 10)",
     "seconds": "seconds of all stages"}
 
 
@@ -1754,7 +1756,10 @@ def run_stages(run, parts):
             result["switches_solved"] = intervention.choose.count[success > 0].float().mean().item()
         result |= mixed_up(run, controlled, meta, policy)
     if "raw" in parts:
-        result["raw_success"] = solved(run, raw_rl(run, base)).mean().item()
+        model = raw_rl(run, base)
+        result["raw_success"] = solved(run, model).mean().item()
+        model.head.heat(0.1)
+        result["raw_cold"] = solved(run, model).mean().item()
     for name, text in ("internal_success", "internal"), ("raw_success", config.module.RAW):
         if name in result:
             print(f"rl: success on held-out layouts: {text} {result[name]:.4f}", flush=True)

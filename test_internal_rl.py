@@ -1652,7 +1652,7 @@ def test_tokens_alone(finished, tmp_path, capsys):
         (tmp_path / f"run/{stage}.pt").unlink()
     rl.main([*map(str, SMALL), "--method", "raw", "--out", str(tmp_path / "run")])
     assert "gates" not in capsys.readouterr().out and not (tmp_path / "run/gates.pt").exists()
-    assert set(json.loads((tmp_path / "run/result.json").read_text())) == {"gap", "raw_success"}
+    assert set(json.loads((tmp_path / "run/result.json").read_text())) == {"gap", "raw_success", "raw_cold"}
 
 
 def test_gradient_noise_against_a_loop(finished, tmp_path, monkeypatch):
