@@ -663,7 +663,12 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     assert not torch.equal(gates["gate.switch.2.bias"], turns["gate.switch.2.bias"])  # see `settle`
     paper = rl.Run(replace(config, code_steps=0), tmp_path / "paper", torch.device("cpu"))
     paper.folder.mkdir()
-    assert rl.discover(paper, base).summary is not None and len(stages) == 4
+    at_once = rl.discover(paper, base)
+    saved = lambda run: run.load("gates")["modules"]["meta"]["gate.switch.2.bias"]
+    assert at_once.summary is not None and len(stages) == 4 and not torch.equal(at_once.gate.switch[2].bias, saved(paper))  # it settles, too
+    blended = rl.Run(replace(config, code_steps=0, **PAPER), tmp_path / "blended", torch.device("cpu"))
+    blended.folder.mkdir()
+    assert torch.equal(rl.discover(blended, base).gate.switch[2].bias, saved(blended))  # unless gates were never drawn
 
 
 def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn(base, meta, tmp_path):
@@ -1646,13 +1651,17 @@ def test_every_figure_can_be_drawn(name, capsys):
     plt.close(figure)
 
 
-def test_tokens_alone(finished, tmp_path, capsys):
+def test_tokens_alone(finished, tmp_path, capsys, monkeypatch):
+    """They need no discovery, and are measured at temperatures 1 and 0.1."""
+    heads = []
+    monkeypatch.setattr(rl, "solved", lambda run, model, solved=rl.solved: heads.append(next(model.head.action.parameters()).clone()) or solved(run, model))
     shutil.copytree(finished[1], tmp_path / "run")
     for stage in ("gates", "turns", "codes", "rl"):
         (tmp_path / f"run/{stage}.pt").unlink()
     rl.main([*map(str, SMALL), "--method", "raw", "--out", str(tmp_path / "run")])
     assert "gates" not in capsys.readouterr().out and not (tmp_path / "run/gates.pt").exists()
     assert set(json.loads((tmp_path / "run/result.json").read_text())) == {"gap", "raw_success", "raw_cold"}
+    assert len(heads) == 2 and torch.allclose(heads[1], 10 * heads[0])
 
 
 def test_gradient_noise_against_a_loop(finished, tmp_path, monkeypatch):
