@@ -648,7 +648,7 @@ class Metacontroller(nn.Module):
 
 def meta_input(config, base, observation):
     """Read by the metacontroller: observation [B, T, D] → e_{t,l} (read_embedding: e_{t,0}) [B, T, C]"""
-    # differs from the paper: e_{t,0}, where the gate sees its cell, and distances are harder to read.
+    # differs from the paper: e_{t,0}, where the gate sees its cell.
     return base.embed(observation) if config.read_embedding else base.lower(observation)
 
 
@@ -1591,8 +1591,8 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
     "discovery": (
         "What each choice in discovery buys, and our turns for rivals", "discover rl",
         [{}, *grid(method=["forced", "cotrain"]), dict(method="cotrain", turn_steps=1),
-         dict(method="compile", rate=0.0, alpha=0.03), *grid(**AT_ONCE), dict(mirror=False), dict(per_step=True),
-         dict(read_embedding=False), dict(rate=0.0, alpha=0.06)],
+         dict(method="compile", rate=0.0, alpha=0.03), *grid(**AT_ONCE), dict(mirror=False),
+         dict(per_step=True), dict(read_embedding=False), dict(rate=0.0, alpha=0.06)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": (
         "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
@@ -1619,7 +1619,7 @@ def compare(runs, name, together):
             setting, saved = stage.rstrip("s") + "_steps", run.load(stage)
             count, usual = (getattr(c, setting, c.rl_episodes) for c in (run.config, Settings))
             if stage == "gates" and run.config.method == "cotrain":
-                count = 1.5 * (count + run.config.pretrain_steps)
+                count = 1.5 * (count + run.config.pretrain_steps)  # a step of all of θ, too, takes longer
             cost[run.path(stage)] = MINUTES[stage] * count / usual * (not saved or "optimizer" in saved)
     print(f"figure {name}: {len(variations)} variations of {len(runs)} seeds, about "
           f"{sum(cost.values()):.0f} minutes on one thread of a slow Xeon, in the quick preset", flush=True)
@@ -1672,7 +1672,7 @@ TABLE = {  # name in result.json → what it is
     "prior_codes": "codes from N(0, I) instead",
     "zero_codes": "the code 0 instead",
     "raw_success": "RL on the model's own actions, success on held-out layouts",
-    "raw_cold": "the same, almost without noise (logits times 10)",
+    "raw_cold": "the same, almost without noise (temperature 0.1)",
     "seconds": "seconds of all stages"}
 
 
