@@ -1590,9 +1590,9 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          *grid(noise=[0.1, 0.2])], ("gap", "steer_success", "labels_withheld", "withheld")),
     "discovery": (
         "What each choice in discovery buys, and our turns for rivals", "discover rl",
-        [{}, *grid(method=["forced", "cotrain"]), dict(method="cotrain", turn_steps=1),
-         dict(method="compile", rate=0.0, alpha=0.03), *grid(**AT_ONCE), dict(mirror=False),
-         dict(per_step=True), dict(read_embedding=False), dict(rate=0.0, alpha=0.06)],
+        [{}, *grid(**AT_ONCE), dict(mirror=False), dict(read_embedding=False), dict(per_step=True),
+         dict(rate=0.0, alpha=0.06), dict(method="cotrain", turn_steps=1),
+         dict(method="compile", rate=0.0, alpha=0.03)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": (
         "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
@@ -1626,6 +1626,7 @@ def compare(runs, name, together):
     results = {}
     for changes, run in varied:
         label = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
+        label = re.sub("(gate_steps 5500, )?code_steps 0", "at once", label)
         print(f"\n{name}, seed {run.config.seed}: {label}", flush=True)
         result = gradient_noise(run) if parts == "noise" else run_stages(run, parts.split())
         *before, last = stages_of(run.config, parts)
