@@ -1535,7 +1535,7 @@ def draw_rate(plt, config, results):
         for result in seeds.values():
             last, aligned = result["gates"], min(result["gate_precision"], result["gate_recall"]) >= 0.9
             axis.plot(last["nll"], last["kl"], "o", color=colour, mfc=colour if aligned else "none")
-            axis.annotate(label, (last["nll"], last["kl"]), fontsize=6)
+            axis.annotate(label.split("alpha ")[-1], (last["nll"], last["kl"]), fontsize=6)
     axis.set(xlabel="−ln p of the expert's move, nats", ylabel="KL, nats a step", yscale="log")
     return figure
 
@@ -1578,8 +1578,9 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          *grid(method=["raw"], scratch=[True], raw_lr=[1e-4, 3e-4, 1e-3]), dict(method="forced"),
          dict(bias=True)], draw_curves),
     "rate": (
-        "Rate and distortion in gates (orange: cotrain; filled: open where subgoals change)", "discover",
-        grid(code_steps=[0], rate=[0.0], method=["internal", "cotrain"], alpha=[0.02, 0.06, 0.2]), draw_rate),
+        "Rate and distortion in gates (by α; orange: cotrain; filled: open where subgoals change)", "discover",
+        grid(pretrain_steps=[2400], code_steps=[0], rate=[0.0], method=["internal", "cotrain"],
+             alpha=[0.02, 0.06, 0.2]), draw_rate),
     "depth": (
         "Where the subgoal can be read, and where control must act", "probe steer",
         [*grid(control_layer=[1, 2, 3, 4]), *grid(layers=[2], control_layer=[1, 2]),
