@@ -1578,7 +1578,7 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
          *grid(method=["raw"], scratch=[True], raw_lr=[1e-4, 3e-4, 1e-3]), dict(method="forced"),
          dict(bias=True)], draw_curves),
     "rate": (
-        "Rate and distortion in gates (by α; orange: cotrain; filled: open where subgoals change)", "discover",
+        "Rate and distortion in gates, by α (orange: cotrain; filled: open at new subgoals)", "discover",
         grid(pretrain_steps=[2400], code_steps=[0], rate=[0.0], method=["internal", "cotrain"],
              alpha=[0.02, 0.06, 0.2]), draw_rate),
     "depth": (
