@@ -1543,7 +1543,7 @@ def draw_rate(plt, config, results):
 def draw_numbers(plt, results, names):
     """A column for each of these numbers: a dot a seed, a bar at the median. Of lists: a line, the median."""
     median = lambda x: np.ma.filled(np.ma.median(np.ma.masked_invalid(x), 0), np.nan)  # of what is known
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 2 + 0.35 * len(results)))
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names) + 1, 2 + 0.25 * len(results)))
     for axis, name in zip(axes, names):
         axis.set(xlabel=name.replace("_", " "))
         for row, (label, seeds) in enumerate(results.items()):
@@ -1558,6 +1558,7 @@ def draw_numbers(plt, results, names):
                 axis.plot(values, row + 0.1 * (np.arange(len(values)) - len(values) // 2), "o", alpha=0.7)
                 axis.plot(median(values), row, "|", color="black", ms=14)
                 axis.set_yticks(range(len(results)), results if axis is axes[0] else [""] * len(results))
+                axis.set_ylim(len(results) - 0.5, -0.5)
     return figure
 
 
