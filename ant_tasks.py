@@ -471,12 +471,13 @@ def expert_batch(config, n, generator, noise=0.0):
 def expert_data(folder, shards, settings, make):
     """Expert episodes kept in `folder`, in as many files as shards: [{name: array}]. make(i) makes a missing one. Damaged
     files and those of other `settings` (a dictionary) raise ValueError."""
-    parts, started = [], time.time()
-    for i in range(shards):
+    parts, started = {}, time.time()
+    first = shards * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
+    for i in (*range(first, shards), *range(first)):  # processes of torchrun begin at different files
         path, settings = Path(folder) / f"{i:03}.npz", {**settings, "shard": i}
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.part.npz")
+            temporary = path.with_suffix(f".{os.getpid()}-{first}.part.npz")
             np.savez(temporary, settings=json.dumps(settings, sort_keys=True), **make(i))
             os.replace(temporary, path)
             print(f"data: {path} written, {i + 1} of {shards}, {time.time() - started:.0f} s", flush=True)
@@ -489,8 +490,8 @@ def expert_data(folder, shards, settings, make):
         for name in sorted({*found, *settings}):
             if found.get(name) != settings.get(name):
                 raise ValueError(f"{path} was made with {name}={found.get(name)}, not {settings.get(name)}; delete it")
-        parts.append(part)
-    return parts
+        parts[i] = part
+    return [parts[i] for i in range(shards)]
 
 
 class StoredEpisodes:
@@ -536,8 +537,9 @@ class StoredEpisodes:
 
 
 def source(config, noise, folder):
-    """Where training trajectories come from: a function (n, generator) → n of them, with length [n] and pick(rows)."""
-    if config.trajectories == 0:
+    """Where training trajectories come from: a function (n, generator) → n of them, with length [n] and pick(rows).
+    Without a folder they are fresh."""
+    if config.trajectories == 0 or folder is None:
         return lambda n, generator: expert_batch(config, n, generator, noise)
     return StoredEpisodes(config, noise, folder).draw
 

@@ -42,6 +42,7 @@ Z code, R rank, J hidden units of f_hyp.
 What differs from the paper is marked where it happens: grep "differs from the paper".
 """
 import argparse
+import contextlib
 import copy
 import functools
 import importlib
@@ -52,20 +53,24 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # while the libraries load
-fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
+fcntl, resource = map(importlib.import_module, ("fcntl", "resource")) if os.name == "posix" else (None, None)
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed
+from torch.utils.flop_counter import FlopCounterMode
 
 import gridworld
 
@@ -152,13 +157,15 @@ class Settings:
 ROUND = 16  # steps of supervised training between two moments at which a run may stop; batches in a pool
 
 
-def descend(loss, optimizer, lr):
-    """One step at learning rate lr; a gradient of norm above 1 is scaled to 1."""
+def descend(loss, optimizer, lr, count=1):
+    """One step at learning rate lr; a gradient of norm above 1 is scaled to 1. `count`: the loss is a mean
+    over so many steps or episodes, which weighs it if several processes share a batch."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward()
+    average_gradients(parameters, count)
     nn.utils.clip_grad_norm_(parameters, 1.0)  # differs from the paper, which mentions no clipping.
     optimizer.step()
 
@@ -181,7 +188,7 @@ class ExpertData:
         self.config, self.batch_size, self.generator = run.config, batch_size, generator
         self.pool, self.deal = None, []
         try:
-            self.draw = run.config.module.source(run.config, noise, run.data)
+            self.draw = run.config.module.source(run.config, noise, None if run.dry else run.data)
         except ValueError as error:
             refuse(error)
 
@@ -195,7 +202,7 @@ class ExpertData:
             order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
             self.deal = [rows[i] for i in order.tolist()]
         batch = self.pool.pick(self.deal.pop(0))
-        return self.config.module.thinned(self.config, batch, progress, self.generator)
+        return mine(self.config.module.thinned(self.config, batch, progress, self.generator))
 
 
 def draw_layouts(config, n, generator):
@@ -331,7 +338,8 @@ def pretrain(run):
         # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             loss, nll = pretraining_loss(config, base, batch)
-        descend(loss, optimizer, learning_rate(config, config.pretrain_lr, step.number, step.count))
+        descend(loss, optimizer, learning_rate(config, config.pretrain_lr, step.number, step.count),
+                batch.valid.sum())
         step.log(loss=loss, nll=nll)
         if step.due:
             step.log(**measure_base(run, base, floor))
@@ -375,7 +383,7 @@ def train_probe(run, base):
         residuals, subgoal = examples(data.batch(0))
         logits = probe(residuals)  # [L+1, n, K]
         loss = F.cross_entropy(logits.flatten(0, 1), subgoal.repeat(len(logits))) * len(logits)
-        descend(loss, optimizer, learning_rate(config, config.probe_lr, step.number, step.count))
+        descend(loss, optimizer, learning_rate(config, config.probe_lr, step.number, step.count), len(subgoal))
         step.log(loss=loss)
         if step.due:
             step.log(probe_accuracy=accuracy())
@@ -483,7 +491,8 @@ def steer(run, base):
         with torch.no_grad():
             e = base.lower(batch.observation[:, :-1])
         loss = action_loss(config, base.upper(controllers(e, batch.subgoal)), batch)
-        descend(loss, optimizer, learning_rate(config, config.steer_lr, step.number, step.count))
+        descend(loss, optimizer, learning_rate(config, config.steer_lr, step.number, step.count),
+                batch.valid.sum())
         step.log(loss=loss)
     return controllers
 
@@ -495,9 +504,15 @@ N_H, N_S, J = 32, 32, 32  # sizes of history h, summary s, hidden layer of f_hyp
 THRESHOLD = 0.5  # a gate is open if its β is above this (in training: above a random number)
 
 
-def integrate(beta, proposal, z):
-    """Temporal integration (Eq. 2, 17): z_t = β_t z̃_t + (1−β_t) z_{t−1}. [B], [B, Z], [B, Z] → [B, Z]"""
-    return beta[:, None] * proposal + (1 - beta[:, None]) * z
+def integrate(beta, proposal):
+    """Temporal integration (Eq. 2, 17), z_t = β_t z̃_t + (1−β_t) z_{t−1} from z_1 = z̃_1 on, at all steps in
+    log₂ T rounds: first z_t = z + kept · z_{t−1}, then two such steps in one, four, … [B, T], [B, T, Z] → z"""
+    beta = F.pad(beta[:, 1:], (1, 0), value=1)[..., None]
+    z, kept, steps = beta * proposal, 1 - beta, 1
+    while steps < z.shape[1]:
+        z = z + kept * F.pad(z[:, :-steps], (0, 0, steps, 0))
+        kept, steps = kept * F.pad(kept[:, :-steps], (0, 0, steps, 0)), 2 * steps
+    return z
 
 
 def kl_to_standard_normal(mu, log_sigma):
@@ -640,10 +655,7 @@ class Metacontroller(nn.Module):
         mu, log_sigma = self.encode(e, h, starts, length)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
-        z = [proposal[:, 0]]
-        for t in range(1, e.shape[1]):
-            z.append(integrate(gates[:, t], proposal[:, t], z[-1]))
-        return torch.stack(z, 1), beta, gates, mu, log_sigma
+        return integrate(gates, proposal), beta, gates, mu, log_sigma
 
 
 def meta_input(config, base, observation):
@@ -684,10 +696,11 @@ def learn_gates(run, base, meta, count):
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     for step in run.steps("gates", count, generator, optimizer, reports=4, **learners):
         batch = data.batch(step.progress)
-        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator)
-        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
+        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator))
+        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
+                batch.valid.sum())
         if config.rate > 0:
-            hold_rate(meta.alpha, kl, config.rate)
+            hold_rate(meta.alpha, everyones(kl[None]).mean(), config.rate)
         step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
@@ -705,7 +718,7 @@ def settle(run, base, meta):
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
     batches = [data.batch(1.0) for _ in range(ROUND)]
     beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
-    meta.gate.switch[-1].bias -= beta.quantile(1 - beta.mean()).logit(eps=1e-6)
+    meta.gate.switch[-1].bias -= everyones(beta.quantile(1 - beta.mean()).logit(eps=1e-6)[None]).mean()
 
 
 def learn_codes(run, base, meta, stage, count):
@@ -729,9 +742,10 @@ def learn_codes(run, base, meta, stage, count):
         if step.number % max(1, count // 8) == 0:
             meta.earlier.load_state_dict(meta.gate.state_dict())
         batch = data.batch(1.0)
-        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, generator, config.mirror)
+        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
         loss = loss if when and what else nll  # in the end opening is free: within a leg it gains nothing
-        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count))
+        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
+                batch.valid.sum())
         step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_codes(run, base, meta)[0])
@@ -853,7 +867,7 @@ def minibatches(success, generator):
     # differs from the paper: several passes, in minibatches, over each batch of episodes.
     if success.std(correction=0) > 0:
         for _ in range(3):
-            shuffled = torch.randperm(len(success), generator=generator, device=success.device)
+            shuffled = torch.randperm(len(success) // WORLD_SIZE, generator=generator, device=success.device)
             yield from shuffled.tensor_split(4)
 
 
@@ -862,7 +876,7 @@ def layout_pool(run, generator):
     # differs from the paper: from a fixed pool of 16 batches; the paper's are new in every episode.
     n = run.config.rl_batch
     pool = draw_layouts(run.config, 16 * n, generator)
-    rows = lambda: torch.randint(16 * n, (n,), generator=generator, device=run.device)
+    rows = lambda: mine(torch.randint(16 * n, (n,), generator=generator, device=run.device))
     return lambda: pool[rows().to(pool.agent.device)]
 
 
@@ -879,11 +893,12 @@ def internal_rl(run, base, meta):
         # differs from the paper: the policy's std (E.2: fixed) and learning rate (3e-5) fall as the success
         # of a single code rises, so codes vary like the prior's until they earn rewards.
         std = config.std_start + (config.std_end - config.std_start) * policy.success.item() ** (1 / needed)
-        actor = PolicyActor(config, policy, config.rl_batch, std, generator)
-        intervention = CodeIntervention(config, meta, actor, config.rl_batch)
-        success = play(config, base, new_game(config, layouts(), task), generator, intervention).success
+        boards, noise = layouts(), own(generator)
+        actor = PolicyActor(config, policy, len(boards), std, noise)
+        intervention = CodeIntervention(config, meta, actor, len(boards))
+        success = everyones(play(config, base, new_game(config, boards, task), noise, intervention).success)
         policy.success.lerp_(success.mean(), 0.1)
-        switches, advantage, loss = int(actor.count.max()), advantages(success), 0.0
+        switches, advantage, loss = int(actor.count.max()), mine(advantages(success)), 0.0
         e, z, mean = (x[:, :switches] for x in (actor.e, actor.z, actor.mean))  # [B, S, …]
         mask = torch.arange(switches, device=e.device) < actor.count[:, None]
         old_log_prob = gaussian_log_prob(z, mean, std)
@@ -906,10 +921,10 @@ def raw_rl(run, base):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
     for step in run.steps("raw", updates, generator, optimizer, unit=1, reports=50, model=model):
-        episodes = play(config, model, new_game(config, layouts(), task), generator)
-        loss, old = 0.0, None
-        advantage, mask, action = advantages(episodes.success), episodes.valid, episodes.action
-        for rows in minibatches(episodes.success, generator):
+        episodes = play(config, model, new_game(config, layouts(), task), own(generator))
+        loss, old, success = 0.0, None, everyones(episodes.success)
+        advantage, mask, action = mine(advantages(success)), episodes.valid, episodes.action
+        for rows in minibatches(success, generator):
             if old is None:  # once a batch, before its first update; never if no game was solved
                 with torch.no_grad():
                     old = log_prob_of(model(episodes.observation[:, :-1]), action)  # [B, T]
@@ -917,10 +932,76 @@ def raw_rl(run, base):
             loss = clipped_surrogate(log_prob, old[rows], advantage[rows], mask[rows])
             descend(loss, optimizer, config.raw_lr)
         step.log(method="raw", episodes=(step.number + 1) * config.rl_batch, loss=loss,
-                 success=episodes.success.mean(), length=episodes.length.float().mean())
+                 success=success.mean(), length=episodes.length.float().mean())
     return model.requires_grad_(False).eval()
 
 # ═══════════════════════════ Nothing below is needed to understand the method ═══════════════════════════
+
+# ==================================================================================== Several processes
+# torchrun --nproc-per-node=N internal_rl.py …: with one seed, N processes share every batch. All draw the same
+# random numbers, keep their own rows, and average gradients. With more seeds they share the seeds.
+
+RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+
+
+def mine(batch):
+    """This process's rows of a tensor or of Trajectories."""
+    rows = slice(RANK, None, WORLD_SIZE)
+    return batch[rows] if torch.is_tensor(batch) else batch.pick(rows)
+
+
+def everyones(rows):
+    """The rows of all processes, as many of each, in their order: [B / WORLD_SIZE, …] → [B, …]"""
+    parts = [rows.detach().clone() for _ in range(WORLD_SIZE)]
+    if WORLD_SIZE > 1:
+        distributed.all_gather(parts, parts[RANK])
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def leave(status=0):
+    """Ends all processes together: torch 2.13's gloo aborts some orderly ends."""
+    if WORLD_SIZE == 1:
+        raise SystemExit(status)
+    everyones(torch.zeros(1))
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def own(generator):
+    """For draws that are different in every process. Alone: the generator itself."""
+    if WORLD_SIZE == 1:
+        return generator
+    seed = torch.randint(2 ** 40, (), generator=generator, device=generator.device).item()
+    return torch.Generator(generator.device).manual_seed(seed + RANK)
+
+
+def average_gradients(parameters, count):
+    """The mean over all processes, weighed by `count`."""
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = nn.utils.parameters_to_vector(gradients)
+        flat = torch.cat([flat, flat.new_ones(1)]) * count
+        distributed.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat[:-1] / flat[-1], gradients)
+
+
+def deal_seeds(seeds, arguments, together):
+    """Each process runs its share of the seeds, one after another, as commands of their own, whose output
+    goes to TOGETHER-sSEED.log. → did any fail, of all processes?"""
+    threads = max(1, os.cpu_count() // LOCAL_SIZE)
+    alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": str(threads)}
+    failed, Run.in_stage = torch.zeros(len(seeds)), True
+    for i in range(RANK, len(seeds), WORLD_SIZE):
+        folder = f"{together}-s{seeds[i]}"
+        command = [sys.executable, __file__, *arguments, f"--seeds={seeds[i]}", f"--out={folder}"]
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.log", "a") as log:
+            failed[i] = subprocess.run(command, env=alone, stdout=log, stderr=log).returncode
+        print(f"seed {seeds[i]}: status {int(failed[i])}, see {folder}.log", file=sys.stderr, flush=True)
+        if Run.stop is not None:  # torchrun's signal reaches workers, too
+            break
+    return everyones(failed).any().item()
 
 # ========================================================================================== Checkpoints
 
@@ -936,7 +1017,8 @@ EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds
 
 def refuse(message, status=2):
     """Ends the process with one line on stderr. Exit status 2: bad input; 1: training went wrong."""
-    print(f"internal_rl.py: {message}", file=sys.stderr)
+    if RANK == 0 or status != 2:
+        print(f"internal_rl.py: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -960,7 +1042,10 @@ def as_json(content, **how):
 
 
 def write_file(path, content):
-    """Writes bytes, or anything else as JSON, so that the file is never half-written."""
+    """Writes bytes, or anything else as JSON, so that the file is never half-written. (One process does.)"""
+    if RANK > 0 or Run.dry:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, bytes):
         content = (as_json(content, indent=1) + "\n").encode()
     temporary = path.with_name(path.name + ".tmp")
@@ -972,13 +1057,14 @@ def write_file(path, content):
 class Run:
     """One run's folder, device and settings: config.json, metrics.jsonl, a checkpoint a stage, figures."""
     stop, in_stage = None, False  # the signal that asked all runs to stop; is there something to save first?
+    dry = False  # only print what stages will cost
 
     def __init__(self, config, folder, device, data="data"):
         self.config, self.folder, self.device, self.data = config, Path(folder), device, Path(data)
         self.changes = {}  # of a variation: the settings in which it differs from the run of this folder
         self.lines, self.fingerprints = {}, {}  # of each stage: its curves; of a finished one: its weights
         self.few = min(config.module.LOOK["layouts"], max(1, config.evaluation // 32))  # layouts for one code
-        self.made_with = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+        self.made_with = f"torch {torch.__version__}, {WORLD_SIZE * torch.get_num_threads()} threads"
 
     def vary(self, **changes):
         """The same run with other settings. It shares the stages that they do not touch."""
@@ -989,6 +1075,8 @@ class Run:
 
     def lock(self):
         """Keeps other processes out of the folder until this one ends (not on Windows)."""
+        if RANK > 0 or Run.dry:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.folder / ".lock", "w")
         try:
@@ -1015,7 +1103,25 @@ class Run:
         module, generator = self.config.module, self.evaluation("held-out trajectories")
         return module.expert_batch(self.config, module.LOOK["trajectories"], generator, noise)
 
-    def steps(self, stage, count, generator, optimizer, unit=ROUND, reports=12, **modules):
+    def steps(self, stage, count, *state, **more):
+        """`every_step`; the third prints what all will cost, and ends the stage with --dry-run."""
+        batch = {"pretrain": "pretrain_batch", "rl": "rl_batch", "raw": "rl_batch"}.get(stage, "discover_batch")
+        for i, step in enumerate(self.every_step(stage, count, *state, **more)):
+            with FlopCounterMode(display=False) if i == 0 else contextlib.nullcontext() as counter:
+                yield step
+            if i == 0:
+                flops, started = counter.get_total_flops() * WORLD_SIZE, time.time()
+            if i == 2:
+                left = (time.time() - started) / 2 * (count - step.number)
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0  # Linux
+                memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else memory
+                print(f"{stage}: {count:,} steps of {getattr(self.config, batch):,} episodes, {flops / 1e9:.3g} "
+                      f"GFLOP each; at the speed of the first about {left / 60:.1f} minutes, until "
+                      f"{time.ctime(time.time() + left)}; memory {memory / 2 ** 30:.1f} GiB", flush=True)
+                if self.dry:
+                    return
+
+    def every_step(self, stage, count, generator, optimizer, unit=ROUND, reports=12, **modules):
         """Yields a stage's training steps, from where it stopped; none if it is finished.
 
         The modules, the optimizer and the generator are all of its state. It is saved, and a stop is obeyed,
@@ -1023,6 +1129,8 @@ class Run:
         """
         unit = min(unit, count)
         rounds, saved, done, before, lines = math.ceil(count / unit), self.load(stage), 0, 0.0, []
+        if len(everyones(torch.tensor([saved["steps"] if saved else 0])).unique()) > 1:
+            refuse(f"{self.path(stage)}: processes find different checkpoints, but must share --out")
         if saved is not None:
             for name, module in modules.items():
                 module.load_state_dict(saved["modules"][name])
@@ -1038,7 +1146,7 @@ class Run:
             generator.set_state(saved["generator"])
             print(f"{stage}: resumed after {done * unit} of {rounds * unit} steps{other}", flush=True)
         self.log(stage, lines)  # what was written after the checkpoint will be written again
-        started, last_save, Run.in_stage = time.time(), time.time(), True
+        started, last_save, Run.in_stage = time.time(), time.time(), not self.dry
         while done < rounds:
             metrics, last = {}, done + 1 == rounds
             due = last or (done + 1) % max(1, rounds // reports) == 0
@@ -1059,7 +1167,8 @@ class Run:
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
-            signalled = self.stop  # once: it may change at any moment
+            stop = torch.tensor([self.stop or 0])  # read once: it may change at any moment
+            signalled = int(everyones(stop).max()) or None
             if signalled is not None or last or time.time() - last_save > 60:
                 more = {} if last else dict(optimizer=optimizer.state_dict(), generator=generator.get_state())
                 self.save(stage, steps=done * unit, seconds=spent, lines=lines, device=self.device.type,
@@ -1072,8 +1181,9 @@ class Run:
             if signalled is not None:
                 print(f"\nstopped in {stage} after step {done * unit} of {rounds * unit}; saved "
                       f"{self.path(stage)}. The same command goes on from there.")
-                raise SystemExit(128 + signalled)
+                leave(128 + signalled)
         Run.in_stage = False
+        everyones(torch.zeros(1))  # all wait until the first process has saved
         self.load(stage)
 
     def path(self, stage):
@@ -1086,7 +1196,6 @@ class Run:
         file, parents = io.BytesIO(), {name: self.fingerprints.get(name) for name in STAGES[stage]}
         torch.save(dict(content, stage=stage, config=asdict(self.config), parents=parents,
                         made_with=self.made_with), file)
-        self.path(stage).parent.mkdir(exist_ok=True)
         write_file(self.path(stage), file.getvalue())
 
     def load(self, stage):
@@ -1769,8 +1878,18 @@ def run_stages(run, parts):
             print(f"rl: success on held-out layouts: {text} {result[name]:.4f}", flush=True)
     if parts == PARTS["all"].split():
         result["seconds"] = round(sum(saved["seconds"] for saved in map(run.load, STAGES) if saved), 1)
-        figures(run, controlled, meta, policy, result)
+        if RANK == 0:
+            figures(run, controlled, meta, policy, result)
     return result
+
+
+def dry_run(run):
+    """Three steps of every stage of training, from what finished stages have left."""
+    base, _ = pretrain(run)
+    train_probe(run, base)
+    steer(run, base)
+    internal_rl(run, *discover_by(run, base))
+    raw_rl(run, base)
 
 
 def print_table(config, results):
@@ -1833,6 +1952,8 @@ def parse_arguments(arguments):
     parser.add_argument("--figure", choices=[*FIGURES, "all"],
                         help="compare variations of the settings (made for the quick preset), see FIGURES")
     parser.add_argument("--seeds", metavar="0,1,2", help="several seeds one after another (overrides --seed)")
+    parser.add_argument("--dry-run", action="store_true", help="three steps of each stage of training: what "
+                        "would it cost? Writes nothing")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where")
     parser.add_argument("--out", metavar="FOLDER", help="run folder (runs/TASK-PRESET-sSEED); with --seeds, "
                         "-sSEED is added")
@@ -1877,6 +1998,7 @@ def main(arguments=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     options, config = parse_arguments(arguments)
+    Run.dry = options.dry_run
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [config.seed]
     except ValueError:
@@ -1889,6 +2011,7 @@ def main(arguments=None):
         refuse(f"--device {device}: torch finds no such device here")
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
     device, runs, results = torch.device(device), [], {}
     names = list(FIGURES) if options.figure == "all" else [options.figure] if options.figure else []
     together = options.out or f"runs/{options.task}-{options.preset}"
@@ -1900,6 +2023,26 @@ def main(arguments=None):
         runs.append(Run(own, folder, device, options.data))
     if names and (options.stage != "all" or config.method != "internal"):
         refuse("--figure chooses --stage and --method itself")
+    if Run.dry and (names or len(seeds) > 1 or options.stage != "all"):
+        refuse("--dry-run is for all stages of one seed")
+    if WORLD_SIZE > 1:
+        if names or options.stage in ("bench", "table"):
+            refuse("torchrun: --figure, table and bench are for one process")
+        if len(seeds) == 1 and (config.rl_batch % WORLD_SIZE or 4 * WORLD_SIZE > min(
+                config.pretrain_batch, config.discover_batch, config.rl_batch)):
+            refuse(f"torchrun: batches of this preset cannot be shared by {WORLD_SIZE} processes")
+        if len(seeds) == 1 and device.type == "cuda" and LOCAL_SIZE > torch.cuda.device_count():
+            refuse(f"torchrun: {LOCAL_SIZE} processes share {torch.cuda.device_count()} GPUs")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=7))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+    if WORLD_SIZE > 1 and len(seeds) > 1:
+        if deal_seeds(seeds, sys.argv[1:] if arguments is None else arguments, together):
+            leave(1)
+        if RANK > 0 or options.stage != "all":
+            return
+        options.stage = "table"
     if options.stage == "bench":
         return bench(runs[0])
     for run in runs:  # refuse before anything is written
@@ -1920,10 +2063,11 @@ def main(arguments=None):
         print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
               f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
         write_file(run.folder / "config.json", asdict(run.config))
-        if names:
-            continue
-        results[run.config.seed] = run_stages(run, PARTS[options.stage].split())
-        if options.stage == "all":
+        if Run.dry:
+            dry_run(run)
+        elif not names:
+            results[run.config.seed] = run_stages(run, PARTS[options.stage].split())
+        if options.stage == "all" and results:
             write_file(run.folder / "result.json", results[run.config.seed])
     for name in names:
         compare(runs, name, together if len(runs) > 1 else runs[0].folder)
@@ -1939,10 +2083,13 @@ def main(arguments=None):
 if __name__ == "__main__":
     try:
         main()
+        leave()
     except (OSError, MemoryError, RuntimeError, gridworld.Unusable) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+                "out of memory|allocate memory|Connection closed|Connection reset|Broken pipe", str(error)):
             raise
-        refuse(str(error).partition("\n")[0] or type(error).__name__)
+        print(f"internal_rl.py: {str(error).partition(chr(10))[0] or type(error).__name__}", file=sys.stderr)
+        raise SystemExit(2)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # all is done; Python's own end takes a moment

@@ -7,8 +7,10 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -484,11 +486,21 @@ def test_labelled_controllers_are_one_matrix_a_subgoal(rank):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10) and not ours[3].any() and ours[:3].any()
 
 
-def test_gate_replaces_and_holds():
-    proposal, z = torch.randn(3, 8), torch.randn(3, 8)
-    mixed = rl.integrate(torch.tensor([1.0, 0.0, 0.25]), proposal, z)
-    assert torch.equal(mixed[0], proposal[0]) and torch.equal(mixed[1], z[1])
-    assert torch.allclose(mixed[2], 0.25 * proposal[2] + 0.75 * z[2])
+@pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 240])
+def test_gates_replace_and_hold(time):
+    """Against the recurrence step by step, with its gradient; hard gates replace and hold exactly."""
+    torch.manual_seed(time)
+    beta, proposal = torch.rand(3, time, dtype=torch.float64, requires_grad=True), torch.randn(3, time, 8, dtype=torch.float64, requires_grad=True)
+    z = [proposal[:, 0]]
+    for t in range(1, time):
+        z.append(beta[:, t, None] * proposal[:, t] + (1 - beta[:, t, None]) * z[-1])
+    expected, found, weight = torch.stack(z, 1), rl.integrate(beta, proposal), torch.randn(3, time, 8, dtype=torch.float64)
+    assert torch.allclose(found, expected)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), (beta, proposal), allow_unused=True) for x in (found, expected))
+    assert all(torch.allclose(x, torch.zeros_like(x) if y is None else y) for x, y in zip(ours, theirs))
+    is_open = beta > 0.5
+    last = [max([0, *(s for s in range(1, t + 1) if is_open[1, s])]) for t in range(time)]
+    assert torch.equal(rl.integrate(is_open.double(), proposal)[1], proposal[1, last])
 
 
 def test_gate_is_causal_and_the_encoders_see_the_future(base, meta, batch):
@@ -1509,6 +1521,113 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     output = process.stdout.read()
     assert process.wait(60) == 143 and "The same command goes on" in output
     assert (tmp_path / "run/pretrain.pt").exists()
+
+
+def processes(count, script, *arguments):
+    """As torchrun starts them, without its watching over them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen([sys.executable, str(script), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE,
+                             env=dict(os.environ, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost",
+                                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")) for i in range(count)]
+
+
+SHARED = f"""
+import sys
+import torch
+sys.path.insert(0, {str(HERE)!r})
+import internal_rl as rl
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double  # losses are computed in float32, else
+if rl.WORLD_SIZE > 1:
+    torch.distributed.init_process_group("gloo")
+run = rl.Run(rl.configure("gridworld", "tiny", bf16=False, pretrain_steps=50, post_task="0", gate_steps=32, turn_steps=16, code_steps=16), sys.argv[1], torch.device("cpu"))
+run.stop = 15 if sys.argv[2:] and rl.RANK == 1 else None  # a signal that only one process gets
+base, _ = rl.pretrain(run)
+rl.train_probe(run, base)
+rl.steer(run, base)
+g = torch.Generator().manual_seed(0)  # then one update of a policy, from the same 32 episodes of five codes
+policy = rl.Policy(rl.configure("gridworld", "tiny"))
+optimizer = torch.optim.AdamW(policy.parameters())
+e, z, won = torch.randn(32, 5, 32, generator=g), torch.randn(32, 5, 4, generator=g), torch.rand(32, generator=g) ** 4
+e, z, success = rl.mine(e), rl.mine(z), rl.everyones(rl.mine(won))
+assert torch.equal(success, won)
+old, advantage = rl.gaussian_log_prob(z, policy(e)[0], 1.0).detach(), rl.mine(rl.advantages(success))
+for rows in rl.minibatches(success[:16 * rl.WORLD_SIZE], g):  # alone: the rows of both
+    rows = rows if rl.WORLD_SIZE == 2 else (2 * rows[:, None] + torch.arange(2)).flatten()
+    log_prob = rl.gaussian_log_prob(z[rows], policy.replay(e[rows], torch.full((len(rows),), 5)), 1.0)
+    rl.descend(rl.clipped_surrogate(log_prob, old[rows], advantage[rows], torch.ones(5)), optimizer, 1e-3)
+if rl.WORLD_SIZE == 2:  # both stay equal in the other stages, too
+    meta = rl.discover(run, base)
+    for module in (meta, rl.internal_rl(run, base, meta), rl.raw_rl(run, base)):
+        for parameter in module.parameters():
+            both = rl.everyones(parameter.flatten()[None])
+            assert torch.equal(both[0], both[1])
+    assert all(any(line["success"] > 0 for line in run.lines[stage]) for stage in ("rl", "raw"))
+if rl.RANK == 0:
+    torch.save(policy.state_dict(), sys.argv[1] + "/policy")
+rl.leave()
+"""
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """Even if both stop because one was told to, and go on."""
+    (tmp_path / "script.py").write_text(SHARED)
+    alone = processes(1, tmp_path / "script.py", tmp_path / "one")
+    for stop in (("stop",), ()):
+        first, second = processes(2, tmp_path / "script.py", tmp_path / "two", *stop)
+        output, error = first.communicate(timeout=240)
+        assert second.wait(timeout=240) == first.returncode == (143 if stop else 0), error
+        assert not stop or "stopped in pretrain after step 16 of 64" in output
+        second.communicate()
+    assert alone[0].communicate() and alone[0].returncode == 0
+    one, two = ([*torch.load(tmp_path / folder / "policy").values(), *(x for stage in ("pretrain", "probe", "steer") for module in torch.load(
+        tmp_path / folder / f"{stage}.pt")["modules"].values() for x in module.values())] for folder in ("one", "two"))
+    assert all(x.dtype == torch.float64 and torch.allclose(x, y, rtol=0, atol=1e-9) for x, y in zip(one, two)) and not all(map(torch.equal, one, two))
+
+
+def test_a_killed_process_ends_all_and_nothing_is_half_written(tmp_path):
+    first, second = processes(2, HERE / "internal_rl.py", "--preset", "tiny", "--stage", "pretrain", "--device", "cpu", "--pretrain-steps", 1920, "--out", tmp_path / "run")
+    lines = tmp_path / "run/metrics.jsonl"
+    while not lines.exists() or lines.stat().st_size == 0:
+        assert first.poll() is second.poll() is None
+        time.sleep(0.1)
+    first.kill()
+    _, error = second.communicate(timeout=60)
+    first.communicate()
+    assert second.returncode == 2 and re.fullmatch("internal_rl.py: .*Connection.*\n", error), error
+    assert not list(tmp_path.rglob("*.tmp")) and [json.loads(line) for line in lines.read_text().splitlines()]
+
+
+def test_seeds_are_dealt_to_processes(finished, tmp_path):
+    """A seed that cannot be run is named, and the others run. When all have, there is a table."""
+    _, folder, _ = finished
+    for seed in (0, 1):
+        shutil.copytree(folder, tmp_path / f"run-s{seed}")
+        for path in (tmp_path / f"run-s{seed}").glob("*.pt"):
+            content = torch.load(path)
+            torch.save(dict(content, config=dict(content["config"], seed=seed)), path)
+    probe = (tmp_path / "run-s0/probe.pt").rename(tmp_path / "probe.pt")
+    (tmp_path / "run-s0/probe.pt").write_bytes(b"not a checkpoint")
+    assert rl.deal_seeds([0, 1], [*map(str, SMALL), "--stage", "pretrain"], tmp_path / "run")
+    assert "probe.pt cannot be read" in (tmp_path / "run-s0.log").read_text() and "reused" in (tmp_path / "run-s1.log").read_text()
+    probe.replace(tmp_path / "run-s0/probe.pt")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "internal_rl.py", *map(str, SMALL),
+                           "--seeds", "0,1", "--out", tmp_path / "run"], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0 and "internal RL reaches 0.6 on 0 of 2 seeds" in done.stdout, done.stderr
+    assert "seed 0: status 0" in done.stderr and "seed 1: status 0" in done.stderr and (tmp_path / "run-results.json").exists()
+
+
+def test_dry_run(tmp_path):
+    done = command(*SMALL, "--dry-run", "--out", tmp_path / "run")
+    assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr
+    found = re.findall(r"(\w+): ([\d,]+) steps of (\d+) episodes, ([\d.e+-]+) GFLOP each; .* about [\d.]+ minutes, until .*; memory [\d.]+ GiB", done.stdout)
+    assert [name for name, *_ in found] == list(rl.STAGES) and found[0][1:3] == ("32", "32")
+    config = rl.configure("gridworld", "tiny")
+    products = sum(p.numel() for block in rl.Base(config).blocks for p in block.parameters() if p.ndim == 2)
+    steps = 32 * gridworld.expert_batch(config, 512, generator()).length.float().mean().item()  # 3 passes of 2 FLOP a weight and step
+    assert 1 < float(found[0][3]) * 1e9 / (6 * products * steps) < 2.5  # attention and heads are more, padding, too
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, torch.tensor(math.nan)])
