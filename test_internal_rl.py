@@ -1619,6 +1619,13 @@ def test_seeds_are_dealt_to_processes(finished, tmp_path):
     assert "seed 0: status 0" in done.stderr and "seed 1: status 0" in done.stderr and (tmp_path / "run-results.json").exists()
 
 
+@pytest.mark.parametrize("arguments, word", [(["--figure", "rate"], "--figure"), (["--stage", "bench"], "bench"), (["--preset", "tiny", "--rl-batch", "33"], "shared by 2 processes"),
+                                             (["--preset", "tiny", "--discover-batch", "7"], "shared by 2 processes"), (["--dry-run", "--seeds", "0,1"], "--dry-run"), (["--dry-run", "--stage", "rl"], "--dry-run")])
+def test_what_two_processes_or_a_dry_run_cannot_do(arguments, word, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(rl, "WORLD_SIZE", 2)
+    assert word in refused(capsys, *arguments, "--device", "cpu", "--out", tmp_path / "run") and not (tmp_path / "run").exists()
+
+
 def test_dry_run(tmp_path):
     done = command(*SMALL, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr
