@@ -383,7 +383,8 @@ def train_probe(run, base):
         residuals, subgoal = examples(data.batch(0))
         logits = probe(residuals)  # [L+1, n, K]
         loss = F.cross_entropy(logits.flatten(0, 1), subgoal.repeat(len(logits))) * len(logits)
-        descend(loss, optimizer, learning_rate(config, config.probe_lr, step.number, step.count), len(subgoal))
+        descend(loss, optimizer, learning_rate(config, config.probe_lr, step.number, step.count),
+                len(subgoal))
         step.log(loss=loss)
         if step.due:
             step.log(probe_accuracy=accuracy())
@@ -506,7 +507,7 @@ THRESHOLD = 0.5  # a gate is open if its β is above this (in training: above a 
 
 def integrate(beta, proposal):
     """Temporal integration (Eq. 2, 17), z_t = β_t z̃_t + (1−β_t) z_{t−1} from z_1 = z̃_1 on, at all steps in
-    log₂ T rounds: first z_t = z + kept · z_{t−1}, then two such steps in one, four, … [B, T], [B, T, Z] → z"""
+    log₂ T rounds: z_t = z + kept · z_{t−1}, then two such steps in one, four, … [B, T], [B, T, Z] → z"""
     beta = F.pad(beta[:, 1:], (1, 0), value=1)[..., None]
     z, kept, steps = beta * proposal, 1 - beta, 1
     while steps < z.shape[1]:
@@ -773,7 +774,7 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     return meta
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see `success` leave zero after 6 to 25 thousand episodes; untuned, the baseline's stays there.
+# You should see `success` leave zero after 6 to 43 thousand episodes; untuned, the baseline's stays there.
 
 class CodeIntervention:
     """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
@@ -938,8 +939,8 @@ def raw_rl(run, base):
 # ═══════════════════════════ Nothing below is needed to understand the method ═══════════════════════════
 
 # ==================================================================================== Several processes
-# torchrun --nproc-per-node=N internal_rl.py …: with one seed, N processes share every batch. All draw the same
-# random numbers, keep their own rows, and average gradients. With more seeds they share the seeds.
+# torchrun --nproc-per-node=N internal_rl.py …: with one seed, N processes share every batch. All draw the
+# same random numbers, keep their own rows, and average gradients. With more seeds they share the seeds.
 
 RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
@@ -1064,7 +1065,8 @@ class Run:
         self.changes = {}  # of a variation: the settings in which it differs from the run of this folder
         self.lines, self.fingerprints = {}, {}  # of each stage: its curves; of a finished one: its weights
         self.few = min(config.module.LOOK["layouts"], max(1, config.evaluation // 32))  # layouts for one code
-        self.made_with = f"torch {torch.__version__}, {WORLD_SIZE * torch.get_num_threads()} threads"
+        processes = f"{WORLD_SIZE} processes of " if WORLD_SIZE > 1 else ""
+        self.made_with = f"torch {torch.__version__}, {processes}{torch.get_num_threads()} threads"
 
     def vary(self, **changes):
         """The same run with other settings. It shares the stages that they do not touch."""
@@ -1105,7 +1107,7 @@ class Run:
 
     def steps(self, stage, count, *state, **more):
         """`every_step`; the third prints what all will cost, and ends the stage with --dry-run."""
-        batch = {"pretrain": "pretrain_batch", "rl": "rl_batch", "raw": "rl_batch"}.get(stage, "discover_batch")
+        batch = dict(pretrain="pretrain_batch", rl="rl_batch", raw="rl_batch").get(stage, "discover_batch")
         for i, step in enumerate(self.every_step(stage, count, *state, **more)):
             with FlopCounterMode(display=False) if i == 0 else contextlib.nullcontext() as counter:
                 yield step
@@ -1113,10 +1115,10 @@ class Run:
                 flops, started = counter.get_total_flops() * WORLD_SIZE, time.time()
             if i == 2:
                 left = (time.time() - started) / 2 * (count - step.number)
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0  # Linux
-                memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else memory
-                print(f"{stage}: {count:,} steps of {getattr(self.config, batch):,} episodes, {flops / 1e9:.3g} "
-                      f"GFLOP each; at the speed of the first about {left / 60:.1f} minutes, until "
+                kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0  # Linux counts KiB
+                memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * kib
+                print(f"{stage}: {count:,} steps of {getattr(self.config, batch):,} episodes, "
+                      f"{flops / 1e9:.3g} GFLOP each; at the speed of the first about {left / 60:.1f} minutes, until "
                       f"{time.ctime(time.time() + left)}; memory {memory / 2 ** 30:.1f} GiB", flush=True)
                 if self.dry:
                     return
@@ -1737,7 +1739,7 @@ def compare(runs, name, together):
     results = {}
     for changes, run in varied:
         label = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
-        label = re.sub("(gate_steps 5500, )?code_steps 0", "at once", label)
+        label = re.sub(r"(gate_steps \d+, )?code_steps 0", "at once", label)
         print(f"\n{name}, seed {run.config.seed}: {label}", flush=True)
         result = gradient_noise(run) if parts == "noise" else run_stages(run, parts.split())
         *before, last = stages_of(run.config, parts)
@@ -2060,8 +2062,8 @@ def main(arguments=None):
             run.load(stage)
 
     for run in runs if options.stage != "table" else ():
-        print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, torch "
-              f"{torch.__version__}, {torch.get_num_threads()} threads; writing {run.folder}/", flush=True)
+        print(f"{options.task}, preset {options.preset}, seed {run.config.seed}, {device}, {run.made_with}; "
+              f"writing {'nothing' if Run.dry else f'{run.folder}/'}", flush=True)
         write_file(run.folder / "config.json", asdict(run.config))
         if Run.dry:
             dry_run(run)
