@@ -1118,8 +1118,8 @@ class Run:
                 kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0  # on Linux
                 memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * kib
                 print(f"{stage}: {count:,} steps of {getattr(self.config, batch):,} episodes, "
-                      f"{flops / 1e9:.3g} GFLOP each; at the speed of the first about {left / 60:.1f} minutes, "
-                      f"until {time.ctime(time.time() + left)}; memory {memory / 2 ** 30:.1f} GiB", flush=True)
+                      f"{flops / 1e9:.3g} GFLOP each; at this speed about {left / 60:.1f} minutes, "
+                      f"until {time.ctime(time.time() + left)}; memory {memory / 2**30:.1f} GiB", flush=True)
                 if self.dry:
                     return
 
