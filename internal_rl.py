@@ -2000,7 +2000,6 @@ def main(arguments=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     options, config = parse_arguments(arguments)
-    Run.dry = options.dry_run
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [config.seed]
     except ValueError:
@@ -2025,8 +2024,9 @@ def main(arguments=None):
         runs.append(Run(own, folder, device, options.data))
     if names and (options.stage != "all" or config.method != "internal"):
         refuse("--figure chooses --stage and --method itself")
-    if Run.dry and (names or len(seeds) > 1 or options.stage != "all"):
+    if options.dry_run and (names or len(seeds) > 1 or options.stage != "all"):
         refuse("--dry-run is for all stages of one seed")
+    Run.dry = options.dry_run
     if WORLD_SIZE > 1:
         if names or options.stage in ("bench", "table"):
             refuse("torchrun: --figure, table and bench are for one process")
