@@ -424,19 +424,19 @@ class Block(nn.Module):
 SETTINGS = {  # of this world alone: name → (default, help, lowest, highest value); of the base model's stage
     "trajectories": (40_000, "expert episodes made for stage 1 (then a quarter), kept on disk; 0: fresh ones", 0, 10 ** 7),
     "bursts": (0.01, "probability a step that the expert is pushed into a random direction for 8 steps", 0, 1),
-    "thin": (1 / 16, "share of the steps within a cell to train on, rises to 1 in pretrain and discover", 1e-6, 1),
+    "thin": (1 / 16, "share of the steps within a cell to train on, rises to 1 in pretrain and gates", 1e-6, 1),
     "next_cell": (4.0, "weight of predicting, on entering a cell, which way the next cell lies", 0, 1000),
 }
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
 # differs from the paper: λ = 1 (there 10), control of rank 64 (a full matrix), after block 1 of 4 (the middle one).
 QUICK = dict(
     ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400,
-    gate_steps=4800, turn_steps=1600, code_steps=3200, rl_episodes=102_400, rl_batch=512)
+    centred=True, gate_steps=2400, turn_steps=0, code_steps=3200, rl_episodes=102_400, rl_batch=512)
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
         trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
-        gate_steps=16, turn_steps=4, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
+        gate_steps=16, turn_steps=0, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
         ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,

@@ -411,6 +411,11 @@ def thinned(config, batch, progress, generator):
     return batch
 
 
+def entries(batch, size):
+    """At which steps has the agent just entered a cell? [B, T] bool: at each."""
+    return batch.valid
+
+
 def action_floor(config, n, generator):
     """Of the best possible task-blind predictor of n expert trajectories of D: NLL, nats per action, and how often it is
     right about the subgoal."""

@@ -118,14 +118,15 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    turn_steps: int = setting(1300, "turns", "steps to learn what to send and when, in turns", 1, 10 ** 8)
+    turn_steps: int = setting(1300, "turns", "steps to learn what to send and when, in turns", 0, 10 ** 8)
     code_steps: int = setting(2600, "turns", "steps to learn what to send; 0: neither these nor turns", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
-    rate: float = setting(1.2, "gates", "nats a step to which α holds the KL; 0: α stays", 0, 1000)
+    rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
+    centred: bool = setting(False, "gates", "proposed codes have mean 0 in every batch (ant)")
     mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
@@ -626,6 +627,10 @@ class Metacontroller(nn.Module):
     def encode(self, e, h, starts, length):
         """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
+        if self.config.centred:
+            # differs from the paper: in every batch μ has mean 0. An encoder's first codes all point one way,
+            # and where inputs are rich that takes long to change: the ant's came to tell one colour from three.
+            mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
         if std > 0:
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
             # So all cost the same, and what is worth its price is worth holding.
@@ -681,7 +686,7 @@ def discovery_loss(config, base, meta, batch, generator, mirror=False):
 
 
 def hold_rate(alpha, kl, rate):
-    """After each step α rises where codes carry more than `rate` nats a step, and falls where less."""
+    """After each step α rises where codes carry more than `rate` nats a cell, and falls where less."""
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
     # same, so the rate limits how often gates open, and they open where a leg begins.
@@ -701,7 +706,8 @@ def learn_gates(run, base, meta, count):
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
                 batch.valid.sum())
         if config.rate > 0:
-            hold_rate(meta.alpha, everyones(kl[None]).mean(), config.rate)
+            steps_a_cell = batch.valid.sum() / config.module.entries(batch, config.size).sum()
+            hold_rate(meta.alpha, everyones((kl * steps_a_cell)[None]).mean(), config.rate)
         step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
@@ -742,7 +748,7 @@ def learn_codes(run, base, meta, stage, count):
         meta.hyper.requires_grad_(what)
         if step.number % max(1, count // 8) == 0:
             meta.earlier.load_state_dict(meta.gate.state_dict())
-        batch = data.batch(1.0)
+        batch = data.batch(0)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
         loss = loss if when and what else nll  # in the end opening is free: within a leg it gains nothing
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
@@ -769,7 +775,8 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     if config.code_std > 0:
         settle(run, base, meta)
     if config.code_steps > 0:
-        learn_codes(run, base, meta, "turns", config.turn_steps)
+        if config.turn_steps > 0:  # differs from the paper: the ant's first gates are good enough.
+            learn_codes(run, base, meta, "turns", config.turn_steps)
         learn_codes(run, base, meta, "codes", config.code_steps)
     return meta
 
@@ -1761,7 +1768,7 @@ def compare(runs, name, together):
 SOLVED = 0.6  # a seed counts as solved if internal RL reaches this success
 COMPARED = ("base_success", "raw_success", "internal_success", "steer_success")  # shown as dots, one a seed
 WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_batch source thinned "
-         "action_floor random_success mirror places picture Embedding Head log_prob sample").split()
+         "entries action_floor random_success mirror places picture Embedding Head log_prob sample").split()
 TABLE = {  # name in result.json → what it is
     "gap": "base model above the best possible predictor, nats per action",
     "probe_best": "linear probe of the hidden subgoal, best layer",

@@ -543,6 +543,23 @@ def test_a_code_is_inferred_from_the_end_of_its_segment_and_nothing_else(base, m
     assert torch.equal(mu[:, 1:][same], mu[:, :-1][same]) and same.any() and not same.all()
 
 
+def test_centred_codes_point_everywhere(base, meta, batch):
+    """A new encoder's codes all point one way; centred, each batch has mean 0 and spread 1 before codes get their length."""
+    meta.forget_codes()
+    e = base.embed(batch.observation).detach()
+    starts = torch.rand(e.shape[:2], generator=generator()) < 0.3
+    plain, _ = meta.encode(meta.norm(e), None, starts, batch.length)
+    meta.config = replace(CONFIG, centred=True)
+    centred, _ = meta.encode(meta.norm(e), None, starts, batch.length)
+    raw = meta.encoder(meta.evidence(meta.norm(e), None, starts, batch.length))
+    raw = raw - raw.mean((0, 1))
+    raw = raw / (raw.square().mean((0, 1)) + 1e-5).sqrt()
+    length = math.sqrt(CONFIG.n_z * (1 - CONFIG.code_std ** 2))
+    assert torch.allclose(centred, length * raw / raw.norm(dim=-1, keepdim=True), atol=1e-4)
+    one_way = lambda mu: mu.mean((0, 1)).norm() / length
+    assert one_way(plain) > 0.5 and one_way(centred) < 0.2
+
+
 @pytest.mark.parametrize("read_embedding", [False, True])
 def test_history_excludes_the_present(read_embedding, base, meta, batch, monkeypatch):
     """h_{t−1} with e_t: the gate of step t is the gate that acting computes step by step."""
@@ -1431,8 +1448,9 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert "raw-action" in done.stdout and "token-level" not in done.stdout
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "turns.pt", "codes.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
+    assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
                      "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
+    assert "turns.pt" not in names
     assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
     assert "trajectories=64, not 32" in refused(capsys, *arguments, "--trajectories", 32)
