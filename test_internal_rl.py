@@ -657,6 +657,20 @@ def test_alpha_follows_the_rate():
         assert alpha.item() == pytest.approx(bound)
 
 
+def test_the_rate_counts_cells_and_not_steps(tmp_path, monkeypatch):
+    """On the ant α follows the nats of a whole batch over the cells that its torsos enter."""
+    config, loss, seen = rl.configure("ant", "tiny", trajectories=0, thin=1.0, discover_batch=8), rl.discovery_loss, []
+    monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
+    monkeypatch.setattr(rl, "hold_rate", lambda alpha, nats, rate: seen.append(nats.item()))
+    monkeypatch.setattr(rl, "discovery_loss", lambda config, base, meta, batch, *rest: [found := loss(config, base, meta, batch, *rest),
+                                                                                        seen.append((batch, found[2].item()))][0])
+    rl.learn_gates(rl.Run(config, tmp_path, torch.device("cpu")), rl.Base(config).requires_grad_(False).eval(), rl.Metacontroller(config), 1)
+    (batch, kl), nats = seen
+    cell = (batch.observation[..., 27:29] * config.size / 2).floor()
+    cells = sum(1 + (own[1:n] != own[:n - 1]).any(-1).sum().item() for own, n in zip(cell, batch.length.tolist()))
+    assert 5 * cells < batch.length.sum() and nats == pytest.approx(kl * batch.length.sum().item() / cells, rel=1e-5)
+
+
 def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     """Which parts change at which step: all; then codes, both, the gate; then codes, new ones that start as the first did."""
     config = replace(CONFIG, gate_steps=16, turn_steps=64, code_steps=128, discover_batch=8)
