@@ -2098,6 +2098,9 @@ if __name__ == "__main__":
                 "out of memory|allocate memory|Connection closed|Connection reset|Broken pipe", str(error)):
             raise
         print(f"internal_rl.py: {str(error).partition(chr(10))[0] or type(error).__name__}", file=sys.stderr)
+        if WORLD_SIZE > 1:  # see `leave`; the others may be gone
+            sys.stderr.flush()
+            os._exit(2)
         raise SystemExit(2)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
