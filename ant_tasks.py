@@ -448,9 +448,8 @@ PRESETS = {
 SYMMETRIES = 32  # images of a world, see `mirror`
 RAW = "raw-action"  # what RL on the model's own actions is called
 LOOK = dict(trajectories=256, layouts=16, film=(4, 10))  # how much is looked at; see internal_rl.py
-EXPECT = dict(  # medians of three seeds with the first version's quick preset
-    gap="1.4", probe_best="0.42", base_success="0", steer_success="0.59", gate_precision="0.99", gate_recall="1",
-    goal_accuracy="0.97", held_share="0.64", internal_success="0.42", switches_solved="4.5 to 6", raw_success="0")
+EXPECT = dict(  # seed 0 (gates: the worse of seeds 0 and 1); the rest of the present recipe has not been measured
+    gap="1.4", base_success="0", steer_success="0.61", gate_precision="0.99", gate_recall="0.89")
 
 
 def check(config):
