@@ -118,7 +118,7 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    turn_steps: int = setting(1300, "turns", "steps to learn what to send and when, in turns", 0, 10 ** 8)
+    turn_steps: int = setting(1300, "turns", "steps to learn what to send and when, in turns; 0: none", 0, 10 ** 8)
     code_steps: int = setting(2600, "turns", "steps to learn what to send; 0: neither these nor turns", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
@@ -126,7 +126,7 @@ class Settings:
     rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
-    centred: bool = setting(False, "gates", "proposed codes have mean 0 in every batch (ant)")
+    centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
     mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
@@ -627,11 +627,11 @@ class Metacontroller(nn.Module):
     def encode(self, e, h, starts, length):
         """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
-        if self.config.centred:
-            # differs from the paper: in every batch μ has mean 0. An encoder's first codes all point one way,
-            # and where inputs are rich that takes long to change: the ant's came to tell one colour from three.
-            mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
         if std > 0:
+            # differs from the paper: on the ant μ has mean 0 and spread 1 in every batch. A new encoder's codes
+            # all point one way, and its richer inputs left them there: one colour was told from three others.
+            if self.config.centred:
+                mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)  # [B, T+1, Z]
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
             # So all cost the same, and what is worth its price is worth holding.
             mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - std ** 2))
@@ -775,7 +775,7 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     if config.code_std > 0:
         settle(run, base, meta)
     if config.code_steps > 0:
-        if config.turn_steps > 0:  # differs from the paper: the ant's first gates are good enough.
+        if config.turn_steps > 0:  # the ant's first gates are good enough without
             learn_codes(run, base, meta, "turns", config.turn_steps)
         learn_codes(run, base, meta, "codes", config.code_steps)
     return meta

@@ -662,8 +662,13 @@ def test_the_rate_counts_cells_and_not_steps(tmp_path, monkeypatch):
     config, loss, seen = rl.configure("ant", "tiny", trajectories=0, thin=1.0, discover_batch=8), rl.discovery_loss, []
     monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
     monkeypatch.setattr(rl, "hold_rate", lambda alpha, nats, rate: seen.append(nats.item()))
-    monkeypatch.setattr(rl, "discovery_loss", lambda config, base, meta, batch, *rest: [found := loss(config, base, meta, batch, *rest),
-                                                                                        seen.append((batch, found[2].item()))][0])
+
+    def spy(config, base, meta, batch, *rest):
+        found = loss(config, base, meta, batch, *rest)
+        seen.append((batch, found[2].item()))
+        return found
+
+    monkeypatch.setattr(rl, "discovery_loss", spy)
     rl.learn_gates(rl.Run(config, tmp_path, torch.device("cpu")), rl.Base(config).requires_grad_(False).eval(), rl.Metacontroller(config), 1)
     (batch, kl), nats = seen
     cell = (batch.observation[..., 27:29] * config.size / 2).floor()
