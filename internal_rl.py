@@ -118,8 +118,8 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    turn_steps: int = setting(1300, "turns", "steps to learn what to send and when, in turns; 0: none", 0, 10 ** 8)
-    code_steps: int = setting(2600, "turns", "steps to learn what to send; 0: neither these nor turns", 0, 10 ** 8)
+    turn_steps: int = setting(1300, "turns", "steps to learn what and when, in turns; 0: none", 0, 10 ** 8)
+    code_steps: int = setting(2600, "turns", "steps to learn what to send; 0: no turns either", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
@@ -631,7 +631,7 @@ class Metacontroller(nn.Module):
             # differs from the paper: on the ant μ has mean 0 and spread 1 in every batch. A new encoder's codes
             # all point one way, and its richer inputs left them there: one colour was told from three others.
             if self.config.centred:
-                mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)  # [B, T+1, Z]
+                mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
             # So all cost the same, and what is worth its price is worth holding.
             mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - std ** 2))
