@@ -628,8 +628,8 @@ class Metacontroller(nn.Module):
         """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
         if std > 0:
-            # differs from the paper: on the ant μ has mean 0 and spread 1 in a batch. A new encoder's codes all
-            # point one way, and its richer inputs left them there: one colour was told from three others.
+            # differs from the paper: on the ant μ has mean 0 and spread 1 in a batch. A new encoder's codes
+            # all point one way, and its richer inputs left them there: one colour was told from three others.
             if self.config.centred:
                 mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
