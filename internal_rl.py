@@ -25,7 +25,7 @@ One forward pass
 
 Glossary (code name: paper symbol, where)
   e            residual stream e_{t,l} after block l, L/2 or as set      Base.lower, Base.upper    Sec. 1
-               (the metacontroller reads the embedding e_{t,0} unless --no-read-embedding)
+               (the metacontroller reads the embedding e_{t,0} on the grid, e_{t,l} of the ant)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
   h            causal history h_t                                        Gate.history              Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
@@ -194,7 +194,7 @@ class ExpertData:
             refuse(error)
 
     def batch(self, progress):
-        """The next Trajectories, thinned as the world wants at this progress (0 … 1)."""
+        """The next Trajectories, thinned as the world wants at this progress (0 … 1; −1: for codes)."""
         if not self.deal:
             self.pool = self.draw(ROUND * self.batch_size, self.generator)
             rows = self.pool.length.argsort().tensor_split(ROUND)
@@ -666,7 +666,8 @@ class Metacontroller(nn.Module):
 
 def meta_input(config, base, observation):
     """Read by the metacontroller: observation [B, T, D] → e_{t,l} (read_embedding: e_{t,0}) [B, T, C]"""
-    # differs from the paper: e_{t,0}, where the gate sees its cell.
+    # differs from the paper: on the grid e_{t,0}, where the gate sees its cell. The ant's gate, which must tell
+    # a new cell from the same one, needs e_{t,l}: block 1 has read the last steps.
     return base.embed(observation) if config.read_embedding else base.lower(observation)
 
 
@@ -748,7 +749,7 @@ def learn_codes(run, base, meta, stage, count):
         meta.hyper.requires_grad_(what)
         if step.number % max(1, count // 8) == 0:
             meta.earlier.load_state_dict(meta.gate.state_dict())
-        batch = data.batch(0)
+        batch = data.batch(-1)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
         loss = loss if when and what else nll  # in the end opening is free: within a leg it gains nothing
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),

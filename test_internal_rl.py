@@ -348,6 +348,8 @@ def test_steps_at_which_a_cell_is_entered_against_a_loop():
     chosen = ant.thinned(replace(config, thin=1e-6), batch, 0.0, generator())
     thin = ant.thinned(config, batch, 0.0, generator())
     assert batch.length.sum() * 0.05 < (thin.length - chosen.length).sum() < batch.length.sum() * 0.15
+    rare = ant.thinned(replace(config, thin=0.3), batch, -1.0, generator())  # for codes
+    assert 0.06 < (rare.length - chosen.length).sum() / (batch.length - chosen.length).sum() < 0.12
     share = 0.1 ** (1 - 0.8 ** 3)  # 0.33
     later = ant.thinned(config, batch, 0.8, generator())
     assert share - 0.05 < (later.length - chosen.length).sum() / (batch.length - chosen.length).sum() < share + 0.05
