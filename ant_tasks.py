@@ -424,7 +424,7 @@ class Block(nn.Module):
 SETTINGS = {  # of this world alone: name → (default, help, lowest, highest value); of the base model's stage
     "trajectories": (40_000, "expert episodes made for stage 1 (then a quarter), kept on disk; 0: fresh ones", 0, 10 ** 7),
     "bursts": (0.01, "probability a step that the expert is pushed into a random direction for 8 steps", 0, 1),
-    "thin": (1 / 16, "share of the steps within a cell to train on; rises to 1 in pretrain and gates; codes: its square", 1e-6, 1),
+    "thin": (1 / 16, "share of steps within a cell to train on; rises to 1 in pretrain, gates; codes: its square", 1e-6, 1),
     "next_cell": (4.0, "weight of predicting, on entering a cell, which way the next cell lies", 0, 1000),
 }
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
