@@ -135,6 +135,7 @@ class Settings:
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
     std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
+    refractory: int = setting(0, "rl", "steps that a gate stays shut after it opened, in acting", 0, 1000)
     method: str = setting("internal", "gates", "rivals: raw (tokens only), forced (every gate is open), "
                           "cotrain (the base model learns, too, from scratch), compile (CompILE)",
                           choices=["internal", "raw", "forced", "cotrain", "compile"])
@@ -792,15 +793,19 @@ class CodeIntervention:
         self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.alpha.device
         self.h = torch.zeros(batch, N_H, device=device)
         self.z = torch.zeros(batch, config.n_z, device=device)
+        self.chosen = torch.zeros(batch, dtype=torch.long, device=device)  # when z was
         self.trace = []  # (games, β, open) of every step
 
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
         beta, self.h[now.games] = self.meta.gate.step(x, self.h[now.games])  # Eq. 12, 16
-        is_open = (beta > THRESHOLD) & (not self.hold) | (now.t == 0)  # β_1 = 1
+        # differs from the paper: the ant's gate is shut for three steps after it opened. In training, where a
+        # gate is drawn, the next step is its second chance; here it would be one choice too many.
+        ready = (now.t - self.chosen[now.games] > self.config.refractory) & (not self.hold)
+        is_open = (beta > THRESHOLD) & ready | (now.t == 0)  # β_1 = 1
         at = is_open.nonzero()[:, 0]
         if len(at):
-            self.z[now.games[at]] = self.choose(now.e[at], now.games[at])
+            self.z[now.games[at]], self.chosen[now.games[at]] = self.choose(now.e[at], now.games[at]), now.t
         self.trace.append((now.games, beta, is_open))
         return self.meta.hyper(now.e, self.z[now.games])  # Eq. 11
 
