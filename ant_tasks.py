@@ -425,12 +425,11 @@ SETTINGS = {  # of this world alone: name → (default, help, lowest, highest va
     "trajectories": (40_000, "expert episodes made for stage 1 (then a quarter), kept on disk; 0: fresh ones", 0, 10 ** 7),
     "bursts": (0.01, "probability a step that the expert is pushed into a random direction for 8 steps", 0, 1),
     "thin": (1 / 16, "share of steps within a cell to train on; rises to 1 in pretrain, gates; codes: its square", 1e-6, 1),
-    "next_cell": (4.0, "weight of predicting, on entering a cell, which way the next cell lies", 0, 1000),
 }
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
-# differs from the paper: λ = 1 (there 10), control of rank 64 (a full matrix), after block 1 of 4 (the middle one).
+# differs from the paper: control of rank 64 (a full matrix), after block 1 of 4 (the middle one).
 QUICK = dict(
-    ANT, next_obs=1.0, pretrain_steps=8000, steer_steps=2400,
+    ANT, next_obs=10.0, pretrain_steps=8000, steer_steps=2400,
     centred=True, read_embedding=False, gate_steps=2400, turn_steps=0, code_steps=3200, rl_episodes=51_200, rl_batch=512,
     rl_lr=1e-3, refractory=3)
 PRESETS = {
@@ -440,7 +439,7 @@ PRESETS = {
         gate_steps=16, turn_steps=0, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
-        ANT, next_obs=10.0, next_cell=0.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
+        ANT, next_obs=10.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,
         layers=8, heads=8, pretrain_steps=204_800, pretrain_batch=512, pretrain_lr=3e-4, cosine=False, probe_steps=8000,
         probe_lr=1e-3, steer_steps=3200, steer_lr=3e-4, rank=0, control_layer=0, gate_steps=32_000, code_steps=0,
         discover_batch=128, discover_lr=3e-4, read_embedding=False, alpha=0.1, rate=0.0,
@@ -550,21 +549,11 @@ def entries(batch, size):
     return F.pad(cell[:, 1:-1] != cell[:, :-2], (1, 0), value=True) & batch.valid
 
 
-def ways(batch, size):
-    """Which way lies the cell that the torso enters next? [B, T] in 0 … 8: 3·(rows down + 1) + columns right + 1; 4: none"""
-    # differs from the paper: the next cell is predicted, too, because one control step hardly depends on the map.
-    cell = places(batch.observation, size)[..., -1]  # [B, T+1]
-    last = cell.shape[1] - 1  # T
-    change = torch.where(cell[:, 1:] != cell[:, :-1], torch.arange(1, last + 1, device=cell.device), last)  # [B, T]
-    here, following = cell[:, :-1], cell.gather(1, change.flip(1).cummin(1).values.flip(1))
-    down, right = following // size - here // size, following % size - here % size
-    return 3 * (down.clamp(-1, 1) + 1) + right.clamp(-1, 1) + 1
-
-
 def thinned(config, batch, progress, generator):
     """The steps to train on: those that enter a cell, and a random share of the others, from config.thin at progress 0
     to all at 1; at −1, for codes, its square. What follows a step is then the next that was kept."""
     # differs from the paper: within a cell the motion gives the action away; a model learns to continue it, not to choose.
+    # And what comes next is seldom another cell: the next observation tells where the ant is going if steps are left out.
     if config.thin == 1:
         return batch
     share = config.thin ** (1 - progress ** 3)
@@ -612,11 +601,9 @@ class Head(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.size, self.next_cell = config.size, config.next_cell
         self.mean = nn.Linear(config.width, ACTION)
         self.log_sigma = nn.Parameter(torch.full((ACTION,), -1.5))
         self.observation = nn.Linear(config.width, OBSERVATION + 2 * (config.colours + config.walls))
-        self.way = nn.Linear(config.width, 9)
 
     def forward(self, last):
         mean = self.mean(last)
@@ -630,13 +617,6 @@ class Head(nn.Module):
         """−ln p(o_{t+1} | o_{1:t}) of unit variance, mean over steps, up to a constant: last [B, T, C] → scalar"""
         error = self.observation(last)[batch.valid].float() - batch.observation[:, 1:][batch.valid]
         return 0.5 * (error ** 2).sum(-1).mean()
-
-    def more_losses(self, last, batch):
-        """The next-cell loss, weighted: mean over the steps at which the ant enters a cell."""
-        if self.next_cell == 0:
-            return 0
-        entered = entries(batch, self.size)
-        return self.next_cell * F.cross_entropy(self.way(last)[entered].float(), ways(batch, self.size)[entered])
 
 
 def log_prob(out, torques):

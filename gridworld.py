@@ -493,10 +493,6 @@ class Head(nn.Module):
         for parameter in self.action.parameters():
             parameter.data /= temperature
 
-    def more_losses(self, last, batch):
-        """What else a world wants predicted, weighted: here nothing."""
-        return 0
-
 
 def log_prob(logits, action):
     """ln p(action): logits [..., 4], moves [...] → [...]"""

@@ -342,7 +342,7 @@ def test_relative_buckets(time, seen):
 
 
 def test_steps_at_which_a_cell_is_entered_against_a_loop():
-    config = rl.configure("ant", "quick", max_steps=250, thin=0.1, bursts=0.0, next_cell=2.0, next_obs=0.0, width=32, heads=2)
+    config = rl.configure("ant", "quick", max_steps=250, thin=0.1, bursts=0.0, width=32, heads=2)
     batch = ant.expert_batch(config, 6, generator())
     cells = ant.places(batch.observation, 4)[..., -1].tolist()
     chosen = ant.thinned(replace(config, thin=1e-6), batch, 0.0, generator())
@@ -353,8 +353,8 @@ def test_steps_at_which_a_cell_is_entered_against_a_loop():
     share = 0.1 ** (1 - 0.8 ** 3)  # 0.33
     later = ant.thinned(config, batch, 0.8, generator())
     assert share - 0.05 < (later.length - chosen.length).sum() / (batch.length - chosen.length).sum() < share + 0.05
-    logits, ways = [], []
-    base = rl.Base(config)
+    base, errors = rl.Base(config), []
+    predicted = base.head.observation(base.last_residual(base.lower(chosen.observation[:, :-1])))
     for i, path in enumerate(cells):
         length = int(batch.length[i])
         steps = [t for t in range(length) if t == 0 or path[t] != path[t - 1]]
@@ -362,16 +362,10 @@ def test_steps_at_which_a_cell_is_entered_against_a_loop():
         assert torch.equal(chosen.observation[i, :len(steps)], batch.observation[i, steps])
         assert (chosen.observation[i, len(steps):] == batch.observation[i, length]).all()  # the last observation
         assert torch.equal(chosen.action[i, :len(steps)], batch.action[i, steps]) and torch.equal(chosen.subgoal[i, :len(steps)], batch.subgoal[i, steps])
-        for t in steps:
-            following = next(cell for cell in path[t:] if cell != path[t])
-            ways.append(3 * (following // 4 - path[t] // 4 + 1) + following % 4 - path[t] % 4 + 1)
-        for t in range(length):  # on every step, not only those that enter a cell
-            following = next((cell for cell in path[t:] if cell != path[t]), path[t])
-            assert ant.ways(batch, 4)[i, t] == 3 * (following // 4 - path[t] // 4 + 1) + following % 4 - path[t] % 4 + 1
-        logits.append(base.head.way(base.last_residual(base.lower(chosen.observation[i:i + 1, :len(steps)])))[0])
-    ways = torch.tensor(ways)
-    for some in (batch, chosen, thin, later):  # the way to the next cell does not depend on the steps between
-        assert torch.equal(ant.ways(some, 4)[ant.entries(some, 4)], ways)
+        for k, following in enumerate([*steps[1:], length]):  # "next" is where the next cell is entered
+            errors.append(0.5 * ((predicted[i, k] - batch.observation[i, following]) ** 2).sum())
+    loss, action_part = rl.pretraining_loss(config, base, chosen)
+    assert loss.item() == pytest.approx((action_part + 10 * sum(errors) / len(errors)).item(), rel=1e-5)
     at = torch.minimum(torch.arange(batch.observation.shape[1]), batch.length[:, None])  # all steps, then the last observation
     before = at[:, :-1].clamp(max=batch.action.shape[1] - 1)
     row = torch.arange(len(at))[:, None]
@@ -380,8 +374,6 @@ def test_steps_at_which_a_cell_is_entered_against_a_loop():
     assert all(torch.equal(x, y) for x, y in zip(vars(whole).values(), vars(every).values()))
     assert ant.thinned(replace(config, thin=1.0), batch, 0.0, generator()) is batch
     assert gridworld.thinned(CONFIG, batch, 0.0, generator()) is batch
-    loss, action_part = rl.pretraining_loss(config, base, chosen)
-    assert loss.item() == pytest.approx((action_part + 2 * F.cross_entropy(torch.cat(logits), ways)).item(), rel=1e-5)
 
 
 def test_torque_log_prob_against_torch():
@@ -1709,9 +1701,9 @@ def test_not_a_number_stops_and_names_the_checkpoint(bad, name, tmp_path, capsys
     (["--layers", "3"], "layers"), (["--size", "3", "--subgoals", "pairs", "--colours", "8", "--walls", "0"], "solvable"), (["--max-steps", "3"], "max_steps"), (["--post-task", "0-9"], "colour 9"), (["--heads", "5"], "heads"), (["--seeds", "0,x"], "seeds"), (["--seeds", "0,0"], "different"), (["--rank", "33", "--width", "32"], "rank"),
     (["--size", "1"], "size"), (["--colours", "3"], "colours"), (["--stage", "later"], "later"), (["--pretrain-lr", "nan"], "pretrain_lr"),
     (["--view", "side"], "view"), (["--base", "mamba"], "mamba"), (["--task", "ant", "--noise", "3"], "noise"), (["--task", "ant", "--thin", "0"], "thin"),
-    (["--thin", "0.5"], "thin"), (["--next-cell", "1"], "next-cell"), (["--bursts", "0.1"], "bursts"), (["--trajectories", "64"], "trajectories"),
+    (["--thin", "0.5"], "thin"), (["--bursts", "0.1"], "bursts"), (["--trajectories", "64"], "trajectories"),
     (["--task", "ant", "--trajectories", "5000"], "trajectories"), (["--task", "ant", "--trajectories", "2"], "trajectories"), (["--threshold", "2"], "threshold"),
-    (["--evaluation", "7"], "evaluation"), (["--task", "ant", "--next-cell", "-1"], "next_cell"), (["--task", "ant", "--bursts", "2"], "bursts"),
+    (["--evaluation", "7"], "evaluation"), (["--task", "ant", "--bursts", "2"], "bursts"),
     (["--task", "ant", "--window", "8"], "window"), (["--window", "-1"], "window"), (["--method", "alchemy"], "alchemy"), (["--figure", "none"], "none"),
     (["--task", "../ant"], "../ant"), (["--task", "numpy"], "numpy"), (["--task"], "--task"), (["--control-layer", "5"], "control_layer"),
     (["--post-task", "0-0"], "twice"), (["--subgoals", "triples"], "triples"), (["--weight-decay", "inf"], "weight_decay"), (["--size", "5.5"], "5.5"),
@@ -1924,7 +1916,7 @@ def test_bench_command(tmp_path):
 
 @pytest.mark.parametrize("name", ["gridworld", "ant"])
 def test_help_names_every_setting(name):
-    shown, own = command("--task", name, "--help").stdout, {"trajectories", "bursts", "thin", "next_cell"}
+    shown, own = command("--task", name, "--help").stdout, {"trajectories", "bursts", "thin"}
     settings = [s.name for s in rl.fields(rl.configure(name, "quick"))[1:]]
     assert all("--" + setting.replace("_", "-") in shown for setting in ["task", "preset", "stage", "seeds", "device", "out", "data", *settings])
     assert own & set(settings) == (own if name == "ant" else set()) and ("--bursts" in shown) == (name == "ant")
