@@ -194,8 +194,8 @@ class ExpertData:
         except ValueError as error:
             refuse(error)
 
-    def batch(self, progress):
-        """The next Trajectories, thinned as the world wants at this progress (0 … 1; −1: for codes)."""
+    def batch(self, thin):
+        """The next Trajectories; the ant's are thinned, more from thin = 0 (whole) to 1."""
         if not self.deal:
             self.pool = self.draw(ROUND * self.batch_size, self.generator)
             rows = self.pool.length.argsort().tensor_split(ROUND)
@@ -204,7 +204,7 @@ class ExpertData:
             order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
             self.deal = [rows[i] for i in order.tolist()]
         batch = self.pool.pick(self.deal.pop(0))
-        return mine(self.config.module.thinned(self.config, batch, progress, self.generator))
+        return mine(self.config.module.thinned(self.config, batch, thin, self.generator))
 
 
 def draw_layouts(config, n, generator):
@@ -336,7 +336,7 @@ def pretrain(run):
     many, held_out = config.module.LOOK["trajectories"], run.evaluation("held-out trajectories")
     floor, _ = config.module.action_floor(config, many, held_out)
     for step in run.steps("pretrain", config.pretrain_steps, generator, optimizer, base=base):
-        batch = data.batch(step.progress)
+        batch = data.batch(1 - step.progress ** 2)
         # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             loss, nll = pretraining_loss(config, base, batch)
@@ -382,7 +382,7 @@ def train_probe(run, base):
         return [round(x, 4) for x in (probe(residuals).argmax(-1) == subgoal).float().mean(1).tolist()]
 
     for step in run.steps("probe", config.probe_steps, generator, optimizer, probe=probe):
-        residuals, subgoal = examples(data.batch(0))
+        residuals, subgoal = examples(data.batch(1))
         logits = probe(residuals)  # [L+1, n, K]
         loss = F.cross_entropy(logits.flatten(0, 1), subgoal.repeat(len(logits))) * len(logits)
         descend(loss, optimizer, learning_rate(config, config.probe_lr, step.number, step.count),
@@ -490,7 +490,7 @@ def steer(run, base):
     optimizer = torch.optim.AdamW(controllers.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     for step in run.steps("steer", config.steer_steps, generator, optimizer, controllers=controllers):
-        batch = data.batch(0)
+        batch = data.batch(1)
         with torch.no_grad():
             e = base.lower(batch.observation[:, :-1])
         loss = action_loss(config, base.upper(controllers(e, batch.subgoal)), batch)
@@ -703,7 +703,7 @@ def learn_gates(run, base, meta, count):
     optimizer = torch.optim.AdamW(learners.parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     for step in run.steps("gates", count, generator, optimizer, reports=4, **learners):
-        batch = data.batch(step.progress)
+        batch = data.batch((1 - step.progress ** 3) / 2)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator))
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
                 batch.valid.sum())
@@ -725,7 +725,7 @@ def settle(run, base, meta):
     # gain, if the loss is quadratic in the gate.
     data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
-    batches = [data.batch(1.0) for _ in range(ROUND)]
+    batches = [data.batch(0) for _ in range(ROUND)]
     beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
     meta.gate.switch[-1].bias -= everyones(beta.quantile(1 - beta.mean()).logit(eps=1e-6)[None]).mean()
 
@@ -750,7 +750,7 @@ def learn_codes(run, base, meta, stage, count):
         meta.hyper.requires_grad_(what)
         if step.number % max(1, count // 8) == 0:
             meta.earlier.load_state_dict(meta.gate.state_dict())
-        batch = data.batch(-1)
+        batch = data.batch(1)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
         loss = loss if when and what else nll  # in the end opening is free: within a leg it gains nothing
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
