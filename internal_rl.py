@@ -960,8 +960,9 @@ RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE = (int(os.environ.get(name, default)) f
 
 
 def mine(batch):
-    """This process's rows of a tensor or of Trajectories."""
-    rows = slice(RANK, None, WORLD_SIZE)
+    """This process's rows of a tensor or of Trajectories; the last one where there are fewer than processes."""
+    count = len(batch if torch.is_tensor(batch) else batch.length)
+    rows = slice(min(RANK, count - 1), None, WORLD_SIZE)
     return batch[rows] if torch.is_tensor(batch) else batch.pick(rows)
 
 

@@ -404,6 +404,14 @@ def test_losses_ignore_padding(base, meta, batch):
                 assert torch.allclose(a, b[:, :a.shape[1]], atol=1e-5)
 
 
+def test_a_process_without_rows_takes_the_last(batch, monkeypatch):
+    monkeypatch.setattr(rl, "WORLD_SIZE", 3)
+    for rank, rows in enumerate(([0, 3], [1, 4], [2])):
+        monkeypatch.setattr(rl, "RANK", rank)
+        assert rl.mine(torch.arange(5)).tolist() == rows and rl.mine(torch.arange(2)).tolist() == [min(rank, 1)]
+        assert torch.equal(rl.mine(batch.pick([0, 1])).length, batch.length[[min(rank, 1)]])
+
+
 def test_next_observation_loss_against_a_loop(base, batch):
     config = replace(CONFIG, next_obs=0.5)
     loss, action_part = rl.pretraining_loss(config, base, batch)
