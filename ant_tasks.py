@@ -549,14 +549,14 @@ def entries(batch, size):
     return F.pad(cell[:, 1:-1] != cell[:, :-2], (1, 0), value=True) & batch.valid
 
 
-def thinned(config, batch, thin, generator):
-    """The steps to train on: those that enter a cell, and a random share of the others, from all (thin = 0) to config.thin
-    (thin = 1). What follows a step is then the next that was kept. Of longer episodes there are fewer, at least 1 in 8."""
-    # differs from the paper: within a cell the motion gives the action away; a model learns to continue it, not to choose.
-    # And what comes next is seldom another cell: the next observation tells where the ant is going if steps are left out.
+def thinned(config, batch, thinning, generator):
+    """The steps to train on: those that enter a cell, and a random share of the others, config.thin to the power of `thinning`
+    (0 … 1). What follows a step is then the next that was kept. Of longer episodes there are fewer, at least one in eight."""
+    # differs from the paper: within a cell the motion gives the action away, and the next observation seldom shows another
+    # cell; a model learns to continue, not to choose. Fewer episodes where they are long: faster.
     if config.thin == 1:
         return batch
-    share = config.thin ** thin
+    share = config.thin ** thinning
     batch = batch.pick(torch.arange(0, len(batch.length), 1 + 7 * share, device=generator.device).long())
     some = torch.rand(batch.valid.shape, generator=generator, device=generator.device) < share
     kept = F.pad((entries(batch, config.size) | some) & batch.valid, (0, 1))  # [B, T+1]

@@ -406,7 +406,7 @@ def source(config, noise, folder):
     return lambda n, generator: expert_batch(config, n, generator, noise)
 
 
-def thinned(config, batch, thin, generator):
+def thinned(config, batch, thinning, generator):
     """The steps to train on: here all of them."""
     return batch
 

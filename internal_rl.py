@@ -194,8 +194,8 @@ class ExpertData:
         except ValueError as error:
             refuse(error)
 
-    def batch(self, thin):
-        """The next Trajectories; the ant's are thinned, more from thin = 0 (whole) to 1."""
+    def batch(self, thinning):
+        """The next Trajectories. Thinning, 0 (they are whole) … 1, is for worlds of small steps, like the ant's."""
         if not self.deal:
             self.pool = self.draw(ROUND * self.batch_size, self.generator)
             rows = self.pool.length.argsort().tensor_split(ROUND)
@@ -204,7 +204,7 @@ class ExpertData:
             order = torch.randperm(ROUND, generator=self.generator, device=self.generator.device)
             self.deal = [rows[i] for i in order.tolist()]
         batch = self.pool.pick(self.deal.pop(0))
-        return mine(self.config.module.thinned(self.config, batch, thin, self.generator))
+        return mine(self.config.module.thinned(self.config, batch, thinning, self.generator))
 
 
 def draw_layouts(config, n, generator):
@@ -336,7 +336,7 @@ def pretrain(run):
     many, held_out = config.module.LOOK["trajectories"], run.evaluation("held-out trajectories")
     floor, _ = config.module.action_floor(config, many, held_out)
     for step in run.steps("pretrain", config.pretrain_steps, generator, optimizer, base=base):
-        batch = data.batch(1 - step.progress ** 2)
+        batch = data.batch(1 - step.progress ** 2)  # at last whole, as they are when the model acts
         # differs from the paper: bfloat16 matrix products (--no-bf16: float32), because they are faster.
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             loss, nll = pretraining_loss(config, base, batch)
