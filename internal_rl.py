@@ -1532,11 +1532,12 @@ def bench(run):
         print(f"bench: grid, {name} {scale * sorted(seconds[1:])[2]:.3f}")
 
 # ========================================================================================= Comparisons
-# --figure NAME. Rivals (Fig. 8, C.4-5): raw: PPO on moves. forced: a code every step. cotrain: base model and
-# metacontroller from scratch, together. compile: CompILE. With code_steps 0 gates and codes are learned at
-# once, as in the paper; else our turns follow. baselines (Fig. 8), controls: success over episodes; rate
-# (Fig. 7): KL over NLL; depth, pretraining (Fig. 3, 4, A1, A2): labelled controllers; discovery: parts left
-# out, rivals with our turns; variance (E.2): the first policy gradient, where base models know the way.
+# --figure NAME. Rivals (Fig. 8, C.4-5): raw: PPO on moves. forced: a code every step (on the ant with
+# --refractory 0). cotrain: base model and metacontroller from scratch, together. compile: CompILE. With
+# code_steps 0 gates and codes are learned at once, as in the paper; else our turns follow. baselines (Fig.
+# 8), controls: success over episodes; rate (Fig. 7): KL over NLL; depth, pretraining (Fig. 3, 4, A1, A2):
+# labelled controllers; discovery: parts left out, rivals with our turns; variance (E.2): the first policy
+# gradient, where base models know the way.
 
 MOST, SEGMENT = 4, 4  # CompILE: segments of a trajectory at most; their mean length in its prior
 
