@@ -1444,6 +1444,9 @@ def figures(run, base, meta, policy, result):
     for axis in axes:
         axis.axhline(result["steer_success"], ls="--", color="gray", label="labelled controllers")
     axes[0].set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
+    best = result["expert_success"] or 1.0
+    ratio = lambda y: y / best, lambda y: y * best
+    axes[0].secondary_yaxis("right", functions=ratio, ylabel="divided by the expert's")
     axes[1].set(xlabel="thousand episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
     axes[0].legend()
     finish("success.png")
@@ -1775,13 +1778,15 @@ def compare(runs, name, together):
 
 SOLVED = 0.6  # a seed counts as solved if internal RL reaches this success
 COMPARED = ("base_success", "raw_success", "internal_success", "steer_success")  # shown as dots, one a seed
-WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_batch source thinned "
-         "entries action_floor random_success mirror places picture Embedding Head log_prob sample").split()
+WORLD = ("SETTINGS PRESETS RAW LOOK EXPECT SYMMETRIES check draw_layouts Game expert_paths expert_batch "
+         "source thinned entries action_floor random_success mirror places picture Embedding Head log_prob "
+         "sample").split()
 TABLE = {  # name in result.json → what it is
     "gap": "base model above the best possible predictor, nats per action",
     "probe_best": "linear probe of the hidden subgoal, best layer",
     "probe_ceiling": "the best possible read-out of it (Bayes posterior)",
     "random_success": "uniformly random moves on {post_task}, exactly",
+    "expert_success": "the expert on {post_task}, without noise",
     "base_success": "base model alone on {post_task}",
     "steer_success": "labelled controllers on {post_task}",
     "labels_withheld": "labelled controllers: b next after a, withheld transitions",
@@ -1835,10 +1840,15 @@ def with_policy(run, meta, policy, batch):
     return CodeIntervention(run.config, meta, actor, batch)
 
 
-def by_chance(run):
-    """{"random_success": how often random moves solve the post-training task}, empty where nobody knows."""
-    chance = run.config.module.random_success(run.config, run.layouts(run.config.evaluation))
-    return {} if chance is None else {"random_success": chance.mean().item()}
+def without_learning(run):
+    """How often the expert solves the post-training task, and random moves, if the world knows."""
+    config, layouts = run.config, run.layouts(run.config.evaluation)
+    tasks = torch.tensor([post_task(config)] * len(layouts), device=layouts.agent.device)
+    expert = config.module.expert_paths(
+        layouts, config.size, tasks, config.max_steps, run.evaluation("actions")).success
+    chance = config.module.random_success(config, layouts)
+    return {"expert_success": expert.mean().item()} | (
+        {} if chance is None else {"random_success": chance.mean().item()})
 
 
 def listed(matrix):
@@ -1870,7 +1880,7 @@ def run_stages(run, parts):
         result.update(matrix_labels=listed(matrix),
                       labels_withheld=composition_scores(config, matrix)["withheld"])
         result["base_success"] = solved(run, base).mean().item()
-        result |= by_chance(run)
+        result |= without_learning(run)
         print(f"steer: success on {config.post_task}: base alone {result['base_success']:.4f}, "
               f"with labelled controllers {result['steer_success']:.4f}", flush=True)
     if "discover" in parts:

@@ -1460,6 +1460,7 @@ def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path, cap
     assert "gate recall, ±2 steps" in again and "±0" not in again
     one, two = (json.loads((place / "result.json").read_text()) for place in (folder, tmp_path / "run"))
     assert one.keys() - {"switches_solved"} == two.keys() - {"switches_solved"} and one["gap"] == two["gap"] and one["seconds"] == two["seconds"]
+    assert one["expert_success"] == 1 > one["random_success"]
     if not math.isnan(one["gate_precision"]):
         assert two["gate_precision"] >= one["gate_precision"] and two["gate_recall"] >= one["gate_recall"]
 
@@ -1473,7 +1474,7 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
                      "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     assert "turns.pt" not in names
-    assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"steer_success", "held_share", "internal_success", "raw_success"}
+    assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"expert_success", "steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
     assert "trajectories=64, not 32" in refused(capsys, *arguments, "--trajectories", 32)
     (tmp_path / "run/pretrain.pt").unlink()
