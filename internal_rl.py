@@ -799,8 +799,8 @@ class CodeIntervention:
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
         beta, self.h[now.games] = self.meta.gate.step(x, self.h[now.games])  # Eq. 12, 16
-        # differs from the paper: the ant's gate is shut for three steps after it opened. In training, where a
-        # gate is drawn, the next step is its second chance; here it would be one choice too many.
+        # differs from the paper: the ant's gate is shut for eight steps after it opened. In training, where it is
+        # drawn, they are its second chance, for the leg has just begun; here they are a choice too many.
         ready = (now.t - self.chosen[now.games] > self.config.refractory) & (not self.hold)
         is_open = (beta > THRESHOLD) & ready | (now.t == 0)  # β_1 = 1
         at = is_open.nonzero()[:, 0]
