@@ -1842,18 +1842,12 @@ def with_policy(run, meta, policy, batch):
 
 def without_learning(run):
     """How often the expert solves the post-training task, and random moves, if the world knows."""
-    config, layouts = run.config, run.layouts(run.config.evaluation)
+    config, layouts, moves = run.config, run.layouts(run.config.evaluation), run.evaluation("actions")
     tasks = torch.tensor([post_task(config)] * len(layouts), device=layouts.agent.device)
-    expert = config.module.expert_paths(
-        layouts, config.size, tasks, config.max_steps, run.evaluation("actions")).success
+    expert = config.module.expert_paths(layouts, config.size, tasks, config.max_steps, moves).success
     chance = config.module.random_success(config, layouts)
     return {"expert_success": expert.mean().item()} | (
         {} if chance is None else {"random_success": chance.mean().item()})
-
-
-def listed(matrix):
-    """A matrix for JSON: three digits."""
-    return [[round(x, 3) for x in row] for row in matrix.tolist()]
 
 
 PARTS = {"pretrain": "", "probe": "probe", "steer": "steer", "discover": "discover", "rl": "discover rl raw",
@@ -1877,7 +1871,7 @@ def run_stages(run, parts):
         controllers = steer(run, base)
         result["steer_success"] = solved(run, base, with_labels(config, controllers)).mean().item()
         matrix = composition(run, base, controllers)
-        result.update(matrix_labels=listed(matrix),
+        result.update(matrix_labels=np.round(matrix.tolist(), 3).tolist(),
                       labels_withheld=composition_scores(config, matrix)["withheld"])
         result["base_success"] = solved(run, base).mean().item()
         result |= without_learning(run)
@@ -1886,7 +1880,7 @@ def run_stages(run, parts):
     if "discover" in parts:
         controlled, meta = discover_by(run, base)
         scores, matrix = inspect_codes(run, controlled, meta)
-        result.update(scores, **trivial_gates(run), matrix_codes=listed(matrix))
+        result.update(scores, **trivial_gates(run), matrix_codes=np.round(matrix.tolist(), 3).tolist())
     if "rl" in parts:
         policy = internal_rl(run, controlled, meta)
         intervention = with_policy(run, meta, policy, config.evaluation)
@@ -1972,8 +1966,7 @@ def parse_arguments(arguments):
     parser.add_argument("--preset", choices=list(quick.module.PRESETS), default="quick",
                         help="named settings: tiny (a minute), quick (default), pairs (grid, an hour), "
                              "paper (a large GPU, days)")
-    parser.add_argument("--stage", default="all",
-                        choices=[*PARTS, "table", "bench"],
+    parser.add_argument("--stage", default="all", choices=[*PARTS, "table", "bench"],
                         help="what to run, after what it builds on; table: only compare seeds that are "
                              "finished; bench: speed")
     parser.add_argument("--figure", choices=[*FIGURES, "all"],
