@@ -126,6 +126,7 @@ class Settings:
     rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
+    opens_at: float = setting(0.0, "turns", "β that is open once gates are learned; 0: what keeps their number", 0, 0.99)
     centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
     mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
@@ -719,15 +720,19 @@ def learn_gates(run, base, meta, count):
 
 @torch.no_grad()
 def settle(run, base, meta):
-    """Shifts β so that the gate is above THRESHOLD as often as it was open when it was drawn."""
+    """Shifts β so that THRESHOLD lies at `opens_at`, or where the gate is open as often as when it was drawn."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain, if the loss is quadratic in the gate.
-    data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
-    beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
-    batches = [data.batch(0) for _ in range(ROUND)]
-    beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
-    meta.gate.switch[-1].bias -= everyones(beta.quantile(1 - beta.mean()).logit(eps=1e-6)[None]).mean()
+    # gain, if the loss is quadratic in the gate. (A place, on the ant: its many steps within a leg have a
+    # small β each, of a sum that depends on the seed.)
+    at = meta.alpha.new_tensor(run.config.opens_at)
+    if at == 0:
+        data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
+        beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
+        batches = [data.batch(0) for _ in range(ROUND)]
+        beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
+        at = beta.quantile(1 - beta.mean())
+    meta.gate.switch[-1].bias -= everyones(at.logit(eps=1e-6)[None]).mean()
 
 
 def learn_codes(run, base, meta, stage, count):
@@ -1698,35 +1703,28 @@ def grid(**settings):
 
 AT_ONCE = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as many steps as all our parts
 FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to draw or which numbers
-    "baselines": (
-        "Internal RL and its rivals, as many episodes each", "discover rl",
+    "baselines": ("Internal RL and its rivals, as many episodes each", "discover rl",
         [{}, *grid(method=["internal", "forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
          *grid(method=["compile"], rate=[0.0], alpha=[0.03], **AT_ONCE), dict(method="raw")], draw_curves),
-    "controls": (
-        "What a sceptic would try instead", "discover rl",
+    "controls": ("What a sceptic would try instead", "discover rl",
         [{}, *grid(method=["raw"], temperature=[1.0, 2.0, 3.0, 5.0], raw_lr=[1e-4, 1e-3]),
          *grid(method=["raw"], scratch=[True], raw_lr=[1e-4, 3e-4, 1e-3]), dict(method="forced"),
          dict(bias=True)], draw_curves),
-    "rate": (
-        "Rate and distortion in gates, by α (orange: cotrain; filled: open at new subgoals)", "discover",
+    "rate": ("Rate and distortion in gates, by α (orange: cotrain; filled: open at new subgoals)", "discover",
         grid(pretrain_steps=[2400], code_steps=[0], rate=[0.0], method=["internal", "cotrain"],
              alpha=[0.02, 0.06, 0.2]), draw_rate),
-    "depth": (
-        "Where the subgoal can be read, and where control must act", "probe steer",
+    "depth": ("Where the subgoal can be read, and where control must act", "probe steer",
         [*grid(control_layer=[1, 2, 3, 4]), *grid(layers=[2], control_layer=[1, 2]),
          *grid(pretrain_steps=[1200, 2400, 4800])], ("steer_success", "labels_withheld", "probe")),
-    "pretraining": (
-        "Which base model can be steered", "steer discover",
+    "pretraining": ("Which base model can be steered", "steer discover",
         [{}, *grid(pretrain_steps=[2400, 19200]), *grid(weight_decay=[0.0, 0.3]), *grid(next_obs=[0.0, 0.1]),
          *grid(noise=[0.1, 0.2])], ("gap", "steer_success", "labels_withheld", "withheld")),
-    "discovery": (
-        "What each choice in discovery buys, and our turns for rivals", "discover rl",
+    "discovery": ("What each choice in discovery buys, and our turns for rivals", "discover rl",
         [{}, *grid(**AT_ONCE), dict(mirror=False), dict(read_embedding=False), dict(per_step=True),
          dict(rate=0.0, alpha=0.06), dict(method="cotrain", turn_steps=1),
          dict(method="compile", rate=0.0, alpha=0.03)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
-    "variance": (
-        "On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
+    "variance": ("On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
         [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
 MINUTES = dict(  # of a stage of the quick preset, one thread of a slow Xeon; raw: ten times that if rewarded
     pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)

@@ -729,6 +729,11 @@ def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn(base, meta, tmp_
     assert (after > rl.THRESHOLD).float().mean().item() == pytest.approx(before.mean().item(), abs=0.03)
     shift = after.logit() - before.logit()
     assert shift.std() < 1e-3 and (before > rl.THRESHOLD).float().mean().item() != pytest.approx(before.mean().item(), abs=0.05)
+    run.config = replace(run.config, opens_at=0.07)
+    with torch.no_grad():
+        before = beta()
+        rl.settle(run, base, meta)
+        assert torch.equal(beta() > rl.THRESHOLD, before > 0.07)
     meta.gate.forced = 1.0
     rl.settle(run, base, meta)
     assert (beta() == 1).all() and meta.gate.switch[-1].bias.isfinite().all()
