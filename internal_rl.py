@@ -1449,8 +1449,8 @@ def figures(run, base, meta, policy, result):
     for axis in axes:
         axis.axhline(result["steer_success"], ls="--", color="gray", label="labelled controllers")
     axes[0].set(xlabel="thousand episodes", ylabel=f"success on {config.post_task}", ylim=(-0.02, 1.02))
-    best = result["expert_success"] or 1.0
-    ratio = lambda y: y / best, lambda y: y * best
+    expert = result["expert_success"] or 1.0  # if it solves nothing: plain success
+    ratio = lambda y: y / expert, lambda y: y * expert
     axes[0].secondary_yaxis("right", functions=ratio, ylabel="divided by the expert's")
     axes[1].set(xlabel="thousand episodes", title=f"log scale (floor: half an episode in {config.rl_batch})")
     axes[0].legend()
