@@ -126,7 +126,7 @@ class Settings:
     rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
-    opens_at: float = setting(0.0, "turns", "β that is open once gates are learned; 0: what keeps their number", 0, 0.99)
+    opens_at: float = setting(0.0, "turns", "β from which a learned gate is open; 0: as often as when drawn", 0, 0.99)
     centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
     mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
@@ -720,11 +720,11 @@ def learn_gates(run, base, meta, count):
 
 @torch.no_grad()
 def settle(run, base, meta):
-    """Shifts β so that THRESHOLD lies at `opens_at`, or where the gate is open as often as when it was drawn."""
+    """Shifts β so that what was `opens_at` is THRESHOLD; if that is 0, so that the gate opens as often as drawn."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain, if the loss is quadratic in the gate. (A place, on the ant: its many steps within a leg have a
-    # small β each, of a sum that depends on the seed.)
+    # gain, if the loss is quadratic in the gate. On the ant `opens_at`: a leg has many steps of a small β,
+    # whose sum, openings that only a drawn gate has, depends on the seed.
     at = meta.alpha.new_tensor(run.config.opens_at)
     if at == 0:
         data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
