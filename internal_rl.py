@@ -631,8 +631,7 @@ class Metacontroller(nn.Module):
         mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
         if std > 0:
             # differs from the paper: on the ant μ has mean 0 and spread 1 in a batch. A new encoder's codes
-            # all point one way, and stayed there where they were read from the richer e_{t,0} of the ant: one
-            # colour was told from three others. From e_{t,l} they may leave without it (two seeds).
+            # all point one way. They leave it without this, too, but gates come out worse.
             if self.config.centred:
                 mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
