@@ -325,7 +325,7 @@ def symmetries(objects):
 
 
 def mirror(observation, action, k, size):
-    """Each episode in the image k [B] of its world: observation [B, T, D], action [B, T, 8] → the same shapes"""
+    """Each episode in the image k [B] of its world: observation [B, T+1, D], action [B, T, 8] → same shapes"""
     observations, actions = (x.to(observation.device) for x in symmetries((observation.shape[-1] - OBSERVATION) // 2))
     return observation @ observations[k].transpose(1, 2), action @ actions[k].transpose(1, 2)
 
@@ -550,9 +550,9 @@ def entries(batch, size):
 
 def thinned(config, batch, thinning, generator):
     """The steps to train on: those that enter a cell, and a random share of the others, config.thin to the power of `thinning`
-    (0 … 1). What follows a step is then the next that was kept. Of longer episodes there are fewer, at least one in eight."""
+    (0 … 1). What follows a step is then the next that was kept. The more are kept, the fewer episodes, down to one in eight."""
     # differs from the paper: within a cell the motion gives the action away, and the next observation seldom shows another
-    # cell; a model learns to continue, not to choose. Fewer episodes where they are long: faster.
+    # cell; a model learns to continue, not to choose. Fewer episodes where they are whole: faster.
     if config.thin == 1:
         return batch
     share = config.thin ** thinning

@@ -13,7 +13,7 @@ Contents
     5  internal RL     a small policy learns from one reward per episode which codes to emit
        the baseline    token-level RL on the same model: PPO on its own actions, as many episodes
     ── nothing below is needed to understand the method ──
-    Checkpoints · Looking inside · Figures · Benchmark · Comparisons (rivals, --figure) · Command line
+    Several processes · Checkpoints · Looking inside · Figures · Benchmark · Comparisons · Command line
 
 One forward pass
                           the future (in 5 the policy π instead) ─► encoder ─► μ_t, Σ_t ─► z̃_t ──┐
@@ -125,7 +125,7 @@ class Settings:
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
-    code_std: float = setting(0.4, "gates", "σ of codes (one length, hard gates); 0: learned", 0, 0.99)
+    code_std: float = setting(0.4, "gates", "σ of codes; 0: the paper's codes and gates (σ learned)", 0, 0.99)
     opens_at: float = setting(0.0, "turns", "β from which a learned gate is open; 0: as often as when drawn", 0, 0.99)
     centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
     mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
@@ -155,7 +155,8 @@ class Settings:
 # ==================================================================================== What stages share
 # A stage is a plain loop over `run.steps(…)`, which goes on where an earlier run stopped and saves. A `step`
 # has number, count, progress 0 … 1, due (time to report), log(…). Of `run`, generator(stage) is for training;
-# evaluation(purpose), held_out(noise), layouts(n) are draws, trajectories and boards for measuring.
+# evaluation(purpose), held_out(noise), layouts(n) are draws, trajectories and boards for measuring. Unless
+# several processes share a batch, mine(x) and everyones(x) are x, and own(generator) is the generator.
 
 ROUND = 16  # steps of supervised training between two moments at which a run may stop; batches in a pool
 
@@ -623,7 +624,7 @@ class Metacontroller(nn.Module):
                 s = backwards(self.summary(backwards(e, length))[0], length)  # s_t has read o_{T+1} … o_t
             return torch.cat([h, s], -1)
         # differs from the paper: a code is inferred from where its segment ends, the observation at which the
-        # next gate opens. It shows the goal; the way there and its length cannot be read from it.
+        # next gate opens. It shows the goal; the way there and its length cannot be read from e_{t,0}.
         return e.gather(1, next_opening(starts, length)[..., None].expand_as(e))
 
     def encode(self, e, h, starts, length):
@@ -631,7 +632,7 @@ class Metacontroller(nn.Module):
         mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
         if std > 0:
             # differs from the paper: on the ant μ has mean 0 and spread 1 in a batch. A new encoder's codes
-            # all point one way. They leave it without this, too, but gates come out worse.
+            # all point one way. Without this they spread as well, but gates come out worse.
             if self.config.centred:
                 mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
             # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
@@ -646,7 +647,7 @@ class Metacontroller(nn.Module):
         draw = torch.rand(beta.shape, generator=generator, device=beta.device) if self.training else THRESHOLD
         is_open = beta > draw
         # differs from the paper: gates are 0 or 1, drawn in training; gradients pass as if they were β.
-        return is_open, is_open.float() + beta - beta.detach() if self.config.code_std > 0 else beta
+        return is_open, (is_open.float() + beta - beta.detach() if self.config.code_std > 0 else beta)
 
     def kl(self, beta, gates, mu, log_sigma):
         """The KL to the prior at each step, of what `forward` returned: [B, T+1]"""
@@ -723,8 +724,7 @@ def settle(run, base, meta):
     """Shifts β so that what was `opens_at` is THRESHOLD; if that is 0, so that the gate opens as often as drawn."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain, if the loss is quadratic in the gate. On the ant `opens_at`: a leg has many steps of a small β,
-    # whose sum, openings that only a drawn gate has, depends on the seed.
+    # gain (if the loss is quadratic). On the ant `opens_at`: many steps of small β add up, more on some seeds.
     at = meta.alpha.new_tensor(run.config.opens_at)
     if at == 0:
         data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
@@ -757,7 +757,7 @@ def learn_codes(run, base, meta, stage, count):
             meta.earlier.load_state_dict(meta.gate.state_dict())
         batch = data.batch(1)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
-        loss = loss if when and what else nll  # in the end opening is free: within a leg it gains nothing
+        loss = loss if when and what else nll  # else KL is constant, or opening free: it gains nothing in a leg
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
                 batch.valid.sum())
         step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
@@ -788,7 +788,7 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     return meta
 
 # ============================================================================== Chapter 5 · internal RL
-# You should see `success` leave zero after 6 to 43 thousand episodes; untuned, the baseline's stays there.
+# You should see `success` leave zero after 6 to 25 thousand episodes; untuned, the baseline's stays there.
 
 class CodeIntervention:
     """The metacontroller while acting (Algorithm 1): gates are hard; where they open, choose(e [m, C], games)
@@ -804,8 +804,8 @@ class CodeIntervention:
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
         beta, self.h[now.games] = self.meta.gate.step(x, self.h[now.games])  # Eq. 12, 16
-        # differs from the paper: the ant's gate is shut for eight steps after it opened. In training, where it is
-        # drawn, they are its second chance, for the leg has just begun; here they are a choice too many.
+        # differs from the paper: the ant's gate is shut for eight steps after it opened. When it was drawn, it
+        # could still open late in them, the leg having just begun; here it would only ask for another code.
         ready = (now.t - self.chosen[now.games] > self.config.refractory) & (not self.hold)
         is_open = (beta > THRESHOLD) & ready | (now.t == 0)  # β_1 = 1
         at = is_open.nonzero()[:, 0]
@@ -912,10 +912,10 @@ def internal_rl(run, base, meta):
         # differs from the paper: the policy's std (E.2: fixed) and learning rate (3e-5) fall as the success
         # of a single code rises, so codes vary like the prior's until they earn rewards.
         std = config.std_start + (config.std_end - config.std_start) * policy.success.item() ** (1 / needed)
-        boards, noise = layouts(), own(generator)
-        actor = PolicyActor(config, policy, len(boards), std, noise)
+        boards, draws = layouts(), own(generator)
+        actor = PolicyActor(config, policy, len(boards), std, draws)
         intervention = CodeIntervention(config, meta, actor, len(boards))
-        success = everyones(play(config, base, new_game(config, boards, task), noise, intervention).success)
+        success = everyones(play(config, base, new_game(config, boards, task), draws, intervention).success)
         policy.success.lerp_(success.mean(), 0.1)
         switches, advantage, loss = int(actor.count.max()), mine(advantages(success)), 0.0
         e, z, mean = (x[:, :switches] for x in (actor.e, actor.z, actor.mean))  # [B, S, …]
@@ -1043,7 +1043,7 @@ def refuse(message, status=2):
 
 
 class Step:
-    """Training step `number` of `count` (rounded up to whole rounds); `due` ends a reported round."""
+    """Training step `number` of `count` (whole rounds, so the last may exceed it); `due` ends a reported round."""
 
     def __init__(self, number, count, due, metrics):
         self.number, self.count, self.due, self.metrics = number, count, due, metrics
@@ -1734,7 +1734,7 @@ def stages_of(config, parts):
     """The stages that these parts need, in their order."""
     if config.method == "raw":
         return ["pretrain"] if parts == "noise" else ["pretrain", "raw"]
-    discovery = "gates turns codes" if config.code_steps > 0 else "gates"
+    discovery = "gates" + (" turns" * (config.turn_steps > 0) + " codes") * (config.code_steps > 0)
     return ["pretrain", *re.sub("discover|noise", discovery, parts).split()]
 
 

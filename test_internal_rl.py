@@ -1764,7 +1764,7 @@ def test_variations_share_the_stages_that_they_do_not_touch(tmp_path):
         for own in varied:
             rl.check(own.config)
     for changes, parts, stages in (({}, "discover rl", "pretrain gates turns codes rl"), (dict(method="raw"), "discover rl", "pretrain raw"),
-                                   (dict(code_steps=0), "noise", "pretrain gates"), ({}, "probe steer", "pretrain probe steer")):
+                                   (dict(code_steps=0), "noise", "pretrain gates"), (dict(turn_steps=0), "discover", "pretrain gates codes"), ({}, "probe steer", "pretrain probe steer")):
         assert rl.stages_of(replace(CONFIG, **changes), parts) == stages.split()
 
 
