@@ -535,11 +535,11 @@ class StoredEpisodes:
 
 
 def source(config, noise, folder):
-    """Where training trajectories come from: a function (n, generator) → n of them, with length [n] and pick(rows).
-    Without a folder they are fresh."""
+    """A function (n, generator) → n training trajectories, with length [n] and pick(rows); fresh ones without a folder."""
     if config.trajectories == 0 or folder is None:
         return lambda n, generator: expert_batch(config, n, generator, noise)
-    return StoredEpisodes(config, noise, folder).draw
+    stored = functools.cache(lambda: StoredEpisodes(config, noise, folder))  # made when they are first needed
+    return lambda n, generator: stored().draw(n, generator)
 
 
 def entries(batch, size):

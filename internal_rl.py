@@ -191,15 +191,15 @@ class ExpertData:
     def __init__(self, run, batch_size, noise, generator):
         self.config, self.batch_size, self.generator = run.config, batch_size, generator
         self.pool, self.deal = None, []
-        try:
-            self.draw = run.config.module.source(run.config, noise, None if run.dry else run.data)
-        except ValueError as error:
-            refuse(error)
+        self.draw = run.config.module.source(run.config, noise, None if run.dry else run.data)
 
     def batch(self, thinning):
         """The next Trajectories. Thinning, 0 (they are whole) … 1, is for worlds of small steps, like the ant's."""
         if not self.deal:
-            self.pool = self.draw(ROUND * self.batch_size, self.generator)
+            try:
+                self.pool = self.draw(ROUND * self.batch_size, self.generator)
+            except ValueError as error:
+                refuse(error)
             rows = self.pool.length.argsort().tensor_split(ROUND)
             if len(self.pool.length) < ROUND:
                 raise gridworld.Unusable(f"the expert solves only {len(self.pool.length)} episodes of a pool")
