@@ -1490,16 +1490,21 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     assert not (tmp_path / "run/pretrain.pt").exists()
 
 
-def test_shipped_base_model_fits_its_command(tmp_path, capsys, monkeypatch):
-    """assets/pairs-7x7-base.pt predicts nearly as well as anybody could with the notes' settings, and is refused with others."""
-    monkeypatch.setitem(gridworld.LOOK, "trajectories", 64)
-    shutil.copy(HERE / "assets/pairs-7x7-base.pt", tmp_path / "pretrain.pt")
-    arguments = ("--preset", "pairs", "--size", 7, "--walls", 4, "--window", 16, "--device", "cpu", "--stage", "pretrain", "--out", tmp_path)
-    for flag, value, field in (("--size", 6, "size=7"), ("--window", 0, "window=16"), ("--pretrain-batch", 32, "pretrain_batch=64"), ("--seed", 1, "seed=0")):
+@pytest.mark.parametrize("name, arguments, others, most", [
+    ("pairs-7x7", ("--preset", "pairs", "--size", 7, "--walls", 4, "--window", 16),  # .065 on 1,024 trajectories, .062 on these; untrained about 1
+     (("--size", 6, "size=7"), ("--window", 0, "window=16"), ("--pretrain-batch", 32, "pretrain_batch=64"), ("--seed", 1, "seed=0")), 0.07),
+    ("ant", ("--task", "ant", "--seed", 300), (("--next-obs", 1, "next_obs=10.0"), ("--seed", 0, "seed=300")), 2.5)])  # untrained about 7
+def test_shipped_base_model_fits_its_command(name, arguments, others, most, tmp_path, capsys, monkeypatch):
+    """assets/NAME-base.pt predicts well with its settings, is refused with others, and needs no training data."""
+    for module in (gridworld, ant):
+        monkeypatch.setitem(module.LOOK, "trajectories", 64)
+    shutil.copy(HERE / f"assets/{name}-base.pt", tmp_path / "pretrain.pt")
+    arguments = (*arguments, "--device", "cpu", "--stage", "pretrain", "--data", tmp_path / "data", "--out", tmp_path)
+    for flag, value, field in others:
         assert f"made with {field}, not {value}" in refused(capsys, *arguments, flag, value)
     rl.main([*map(str, arguments)])
     gap = capsys.readouterr().out.split("nats per action")[1].split()[0]
-    assert 0 < float(gap) < 0.07  # .065 on 1,024 trajectories, .062 on these; without training about 1
+    assert 0 < float(gap) < most and not (tmp_path / "data").exists()
 
 
 def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
