@@ -760,7 +760,7 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"ant_tasks.py: {message}\n")
     parser.add_argument("--episodes", type=int, default=1000, help="expert episodes of each kind, 1 … 5000 (1000)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
-    parser.add_argument("--out", type=Path, default="assets", metavar="FOLDER", help="where ant.png and ant.gif go (assets)")
+    parser.add_argument("--out", type=Path, default="runs", metavar="FOLDER", help="where ant.png and ant.gif go (runs)")
     options = parser.parse_args(arguments)
     if not (1 <= options.episodes <= 5000 and 0 <= options.seed < 2 ** 40):
         parser.error("--episodes must be in 1 … 5000 and --seed in 0 … 2^40 − 1")
