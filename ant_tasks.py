@@ -273,9 +273,7 @@ def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0, bursts=0
             push = gait(qpos[pushed], qvel[pushed], burst_heading[rows[pushed]])
             torques[pushed] = (push + noise[pushed]).clip(-1, 1)
             burst_left[rows[pushed]] -= 1
-        done = action.clone()
-        done[rows] = torch.from_numpy(torques).float()
-        game.step(done)
+        game.step(action.index_copy(0, torch.from_numpy(rows), torch.from_numpy(torques).float()))
         observation[rows] = game.observation(rows)
         observations.append(observation)
     observation, action, subgoal = (torch.stack(steps, 1) for steps in (observations, actions, subgoals))
@@ -422,7 +420,7 @@ class Block(nn.Module):
 
 
 SETTINGS = {  # of this world alone: name → (default, help, lowest, highest value); of the base model's stage
-    "trajectories": (40_000, "expert episodes made for stage 1 (then a quarter), kept on disk; 0: fresh ones", 0, 10 ** 7),
+    "trajectories": (40_000, "expert episodes kept on disk (those without noise: a quarter); 0: fresh ones", 0, 10 ** 7),
     "bursts": (0.01, "probability a step that the expert is pushed into a random direction for 8 steps", 0, 1),
     "thin": (1 / 256, "share of steps within a cell to train on; in pretrain it rises to 1, in gates from its root", 1e-6, 1),
 }

@@ -241,7 +241,7 @@ def absolute_inputs(places, size, colours):
 
 def egocentric_inputs(places, size, colours):
     """The same as seen from the agent: the offset of every object (all walls alike) and the agent's cell. Cells of the
-    objects and the agent [..., N+1] → [..., N+1] in 0 … (O+1)·(2G−1)² + G²."""
+    objects and the agent [..., N+1] → [..., N+1] in 0 … (O+1)·(2G−1)² + G² − 1."""
     objects, agent = places[..., :-1], places[..., -1:]
     span = 2 * size - 1
     row = objects // size - agent // size + size - 1  # [..., N], 0 … 2G−2
@@ -298,15 +298,14 @@ def expert_paths(layouts, size, tasks, max_steps, generator, epsilon=0.0, subgoa
     return Trajectories(observation, action, game.steps, game.success(), subgoal)
 
 
-def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0, subgoal_size=1):
-    """Exact mean NLL per action, in nats, of two best predictors of these paths: task-blind, with the posterior over all
-    tasks [M, K] given the actions so far, and task-aware, told the path's own task (own_task [B] index into tasks). Third:
-    the posterior of the likeliest subgoal, which is how often the best read-out is right."""
+def bayes_floor(layouts, size, paths, tasks, max_steps, epsilon=0.0, subgoal_size=1):
+    """Of the best task-blind predictor of these paths, with the posterior over all tasks [M, K] given the actions so far:
+    exact mean NLL per action, in nats, and the posterior of the likeliest subgoal: how often the best read-out is right."""
     batch, many = len(layouts), len(tasks)
     row = torch.arange(batch, device=tasks.device).repeat_interleave(many)  # [B·M]: every path as if of every task
     game, moves = Game(layouts[row], size, tasks.repeat(batch, 1), max_steps), shortest_moves(layouts, size)[row]
     posterior = torch.full((batch, many), 1 / many, device=tasks.device)
-    blind, aware, right = 0.0, 0.0, 0.0
+    blind, right = 0.0, 0.0
     for t, action in enumerate(paths.action.unbind(1)):
         probability = expert_probabilities(game, moves, epsilon)[game.rows, action[row]]
         probability = probability.masked_fill(game.done, 0).view(batch, many)
@@ -315,12 +314,11 @@ def bayes_floor(layouts, size, paths, tasks, own_task, max_steps, epsilon=0.0, s
         right += belief.max(1).values[valid].sum().item()
         predictive = (posterior * probability).sum(1)
         blind -= predictive[valid].log().sum().item()
-        aware -= probability.gather(1, own_task[:, None])[:, 0][valid].log().sum().item()
         updated = posterior * probability / predictive[:, None].clamp(min=1e-30)
         posterior = torch.where(valid[:, None], updated, posterior)
         game.step(action[row])
     steps = paths.length.sum().item()
-    return blind / steps, aware / steps, right / steps
+    return blind / steps, right / steps
 
 # --------------------------------------------------------------------------------------------------- symmetry
 
@@ -383,13 +381,13 @@ def check(config):
 
 
 def random_tasks(config, n, generator, noise, draw_layouts=draw_layouts, expert_paths=expert_paths):
-    """The expert of a world on n random tasks: (layouts, tasks [16, K], own [n] index into tasks, its paths)"""
+    """The expert of a world on n random tasks: (layouts, tasks [16, K], its paths)"""
     layouts = draw_layouts(n, config.size, config.colours, config.walls, generator)
     tasks = pretraining_tasks(config.subgoals).to(layouts.agent.device)
     own = torch.randint(len(tasks), (n,), generator=generator, device=generator.device).to(tasks.device)
     paths = expert_paths(layouts, config.size, tasks[own], config.max_steps, generator, noise,
                          subgoal_size=SUBGOAL_SIZE[config.subgoals])
-    return layouts, tasks, own, paths
+    return layouts, tasks, paths
 
 
 def expert_batch(config, n, generator, noise=0.0, **world):
@@ -419,9 +417,8 @@ def entries(batch, size):
 def action_floor(config, n, generator):
     """Of the best possible task-blind predictor of n expert trajectories of D: NLL, nats per action, and how often it is
     right about the subgoal."""
-    layouts, tasks, own, paths = random_tasks(config, n, generator, config.noise)
-    return bayes_floor(layouts, config.size, paths, tasks, own, config.max_steps, config.noise,
-                       SUBGOAL_SIZE[config.subgoals])[::2]
+    layouts, tasks, paths = random_tasks(config, n, generator, config.noise)
+    return bayes_floor(layouts, config.size, paths, tasks, config.max_steps, config.noise, SUBGOAL_SIZE[config.subgoals])
 
 
 def random_success(config, layouts):
@@ -529,7 +526,7 @@ def picture(observation, size, colours, pixels=32):
     return picture
 
 
-def film(frame, titles, marked, path, every=1, fps=2):
+def film(frame, titles, marked, path, every, fps):
     """Writes an episode, a picture frame(t) and a title a step, as the strip PATH.png (about 15 steps and the first nine
     marked ones, in bold) and as the animation PATH.gif (every so many steps)."""
     from matplotlib.animation import FuncAnimation, PillowWriter

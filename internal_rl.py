@@ -1188,9 +1188,8 @@ class Run:
             if due:
                 lines.append({"stage": stage, "step": done * unit, "time_s": round(spent, 2), **metrics})
                 self.log(stage, lines)
-            stop = torch.tensor([self.stop or 0])  # read once: it may change at any moment
-            signalled = int(everyones(stop).max()) or None
-            if signalled is not None or last or time.time() - last_save > 60:
+            signalled = int(everyones(torch.tensor([self.stop or 0])).max())  # read once: it may change
+            if signalled or last or time.time() - last_save > 60:
                 more = {} if last else dict(optimizer=optimizer.state_dict(), generator=generator.get_state())
                 self.save(stage, steps=done * unit, seconds=spent, lines=lines, device=self.device.type,
                           modules=states, **more)
@@ -1199,7 +1198,7 @@ class Run:
                 shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
                 print(f"{stage} {done * unit}/{rounds * unit}", *shown,
                       f"| {spent:.0f} s, {spent / done * (rounds - done):.0f} s to go", flush=True)
-            if signalled is not None:
+            if signalled:
                 print(f"\nstopped in {stage} after step {done * unit} of {rounds * unit}; saved "
                       f"{self.path(stage)}. The same command goes on from there.")
                 leave(128 + signalled)
@@ -1273,9 +1272,8 @@ def trivial_gates(run):
     batch, result = run.held_out(), {}
     places = run.config.module.places(batch.observation, run.config.size)
     coloured = (places[..., :run.config.colours] == places[..., -1:]).any(-1)  # [B, T+1]
-    for name, gate in (("coloured", coloured.float()), ("always", torch.ones_like(coloured).float())):
-        scores = gate_scores(gate, batch, run.config.tolerance)
-        result[f"{name}_precision"], result[f"{name}_recall"] = scores
+    for name, gate in (("coloured", coloured), ("always", torch.ones_like(coloured))):
+        result[f"{name}_precision"], result[f"{name}_recall"] = gate_scores(gate, batch, run.config.tolerance)
     return result
 
 
@@ -1861,10 +1859,10 @@ def run_stages(run, parts):
     if "probe" in parts:
         result["probe"] = train_probe(run, base)
         result["probe_best"] = max(result["probe"])
-        floors = config.module.action_floor(config, config.module.LOOK["trajectories"],
-                                            run.evaluation("held-out trajectories"))
-        if floors[1] is not None:
-            result["probe_ceiling"] = floors[1]
+        _, ceiling = config.module.action_floor(config, config.module.LOOK["trajectories"],
+                                                run.evaluation("held-out trajectories"))
+        if ceiling is not None:
+            result["probe_ceiling"] = ceiling
     if "steer" in parts:
         controllers = steer(run, base)
         result["steer_success"] = solved(run, base, with_labels(config, controllers)).mean().item()
@@ -1905,9 +1903,10 @@ def run_stages(run, parts):
 def dry_run(run):
     """Three steps of every stage of training, from what finished stages have left."""
     base, _ = pretrain(run)
-    train_probe(run, base)
-    steer(run, base)
-    internal_rl(run, *discover_by(run, base))
+    if run.config.method != "raw":
+        train_probe(run, base)
+        steer(run, base)
+        internal_rl(run, *discover_by(run, base))
     raw_rl(run, base)
 
 
@@ -2011,7 +2010,7 @@ def stop(number, frame):
     Run.stop = number
 
 
-def main(arguments=None):
+def main(arguments):
     Run.stop, Run.in_stage = None, False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -2031,7 +2030,7 @@ def main(arguments=None):
         torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
     device, runs, results = torch.device(device), [], {}
     names = list(FIGURES) if options.figure == "all" else [options.figure] if options.figure else []
-    together = options.out or f"runs/{options.task}-{options.preset}"
+    together = str(Path(options.out or f"runs/{options.task}-{options.preset}"))
     for seed in seeds:
         check(own := replace(config, seed=seed))
         for changes in (changes for name in names for changes in FIGURES[name][2]):
@@ -2056,18 +2055,18 @@ def main(arguments=None):
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
     if WORLD_SIZE > 1 and len(seeds) > 1:
-        if deal_seeds(seeds, sys.argv[1:] if arguments is None else arguments, together):
+        if deal_seeds(seeds, arguments, together):
             leave(1)
         if RANK > 0 or options.stage != "all":
             return
         options.stage = "table"
     if options.stage == "bench":
         return bench(runs[0])
-    for run in runs:  # refuse before anything is written
+    for run in runs:  # refuse before anything is trained
         if options.stage == "table":
             try:
                 results[run.config.seed] = result = json.loads((run.folder / "result.json").read_text())
-                [float(result[name]) for name in COMPARED]
+                [float(result[name]) for name in (COMPARED if config.method != "raw" else ["raw_success"])]
             except (ValueError, TypeError, KeyError):
                 refuse(f"{run.folder / 'result.json'} is not the result of a whole run")
             continue
@@ -2084,23 +2083,23 @@ def main(arguments=None):
         if Run.dry:
             dry_run(run)
         elif not names:
-            results[run.config.seed] = run_stages(run, PARTS[options.stage].split())
-        if options.stage == "all" and results:
-            write_file(run.folder / "result.json", results[run.config.seed])
+            results[run.config.seed] = result = run_stages(run, PARTS[options.stage].split())
+            if options.stage == "all":
+                write_file(run.folder / "result.json", result)
     for name in names:
         compare(runs, name, together if len(runs) > 1 else runs[0].folder)
     if results:
         print_table(config, results)
-    if len(results) > 1:
+    if len(results) > 1 and options.stage in ("all", "table"):
         write_file(Path(f"{together}-results.json"), results)
-        if options.stage in ("all", "table") and config.method != "raw":
+        if config.method != "raw":
             compare_seeds(config, results, together)
         print(f"\nwritten to {together}-results.json")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
         leave()
     except (OSError, MemoryError, RuntimeError, gridworld.Unusable) as error:
         if isinstance(error, RuntimeError) and not re.search(

@@ -133,7 +133,7 @@ def test_bayes_floor_matches_a_slow_filter():
     layouts = gridworld.draw_layouts(12, 5, 4, 2, generator())
     own = torch.arange(12)
     paths = gridworld.expert_paths(layouts, 5, tasks[own], 60, generator(1))
-    blind = aware = right = 0.0
+    blind = right = 0.0
 
     def probability(i, target, cell, action):
         here = reference_distance(layouts, i, 5, cell, target)
@@ -155,12 +155,11 @@ def test_bayes_floor_matches_a_slow_filter():
             p = np.array([probability(i, int(layouts.colours[i, tasks[m, stage[m]]]), cell, action) if stage[m] < 3 else 0 for m in range(16)])
             right += max(sum(w for w, task, s in zip(weight, tasks.tolist(), stage) if s < 3 and task[s] == k) for k in range(4))
             blind -= np.log((weight * p).sum())
-            aware -= np.log(p[i])
             weight = weight * p / (weight * p).sum()
             for m in range(16):
                 stage[m] += stage[m] < 3 and to == int(layouts.colours[i, tasks[m, stage[m]]])
     steps = paths.length.sum().item()
-    assert gridworld.bayes_floor(layouts, 5, paths, tasks, own, 60) == pytest.approx((blind / steps, aware / steps, right / steps), abs=1e-5)
+    assert gridworld.bayes_floor(layouts, 5, paths, tasks, 60) == pytest.approx((blind / steps, right / steps), abs=1e-5)
 
 
 def test_batched_game_equals_gymnasium_on_random_play():
@@ -1678,11 +1677,14 @@ def test_what_two_processes_or_a_dry_run_cannot_do(arguments, word, capsys, monk
     assert word in refused(capsys, *arguments, "--device", "cpu", "--out", tmp_path / "run") and not (tmp_path / "run").exists()
 
 
-def test_dry_run(tmp_path):
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rl.Run, "dry", False)  # to be put back
     done = command(*SMALL, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr
     found = re.findall(r"(\w+): ([\d,]+) steps of (\d+) episodes, ([\d.e+-]+) GFLOP each; .* about [\d.]+ minutes, until .*; memory [\d.]+ GiB", done.stdout)
     assert [name for name, *_ in found] == list(rl.STAGES) and found[0][1:3] == ("32", "32")
+    rl.main([*map(str, SMALL), "--dry-run", "--method", "raw", "--out", str(tmp_path / "run")])
+    assert re.findall(r"(\w+): [\d,]+ steps of", capsys.readouterr().out) == ["pretrain", "raw"]
     config = rl.configure("gridworld", "tiny")
     products = sum(p.numel() for block in rl.Base(config).blocks for p in block.parameters() if p.ndim == 2)
     steps = 32 * gridworld.expert_batch(config, 512, generator()).length.float().mean().item()  # 3 passes of 2 FLOP a weight and step
@@ -1753,6 +1755,9 @@ def test_table_command(tmp_path, capsys):
     for damaged in ("", "{", "{}", "[]", "1", '{"internal_success": 0.5}', json.dumps(result | {"raw_success": "none"}), json.dumps(result | {"raw_success": None})):
         (tmp_path / "some-s5/result.json").write_text(damaged)
         assert "some-s5/result.json is not" in refused(capsys, "--stage", "table", "--seeds", "3,5", "--out", tmp_path / "some")
+    (tmp_path / "some-s5/result.json").write_text('{"raw_success": 0.25}')
+    rl.main(["--stage", "table", "--seeds", "3,5", "--method", "raw", "--out", f"{tmp_path}/some/"])
+    assert "0.125" in capsys.readouterr().out and json.loads((tmp_path / "some-results.json").read_text()).keys() == {"3", "5"}
 
 
 def test_variations_share_the_stages_that_they_do_not_touch(tmp_path):
