@@ -1167,12 +1167,13 @@ class Run:
             generator.set_state(saved["generator"])
             print(f"{stage}: resumed after {done * unit} of {rounds * unit} steps{other}", flush=True)
         self.log(stage, lines)  # what was written after the checkpoint will be written again
-        started, last_save, Run.in_stage = time.time(), time.time(), not self.dry
+        started = last_save = time.time()
         while done < rounds:
             metrics, last = {}, done + 1 == rounds
             due = last or (done + 1) % max(1, rounds // reports) == 0
             for i in range(unit):
                 yield Step(done * unit + i, count, due and i == unit - 1, metrics)
+                Run.in_stage = not self.dry  # before the first step, which may make data, nothing is to save
             done += 1
             spent = before + time.time() - started
             for name, values in metrics.items():

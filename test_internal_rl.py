@@ -1564,10 +1564,8 @@ def test_steps_are_counted_and_their_numbers_averaged(tmp_path, capsys):
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     process = subprocess.Popen([sys.executable, HERE / "internal_rl.py", "--preset", "tiny", "--stage", "pretrain", "--device", "cpu",
                                 "--pretrain-steps", "100000", "--out", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "run/metrics.jsonl").exists():  # it is written when training starts
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)
+    while "pretrain: 100,000 steps" not in (line := process.stdout.readline()):  # printed after three of them
+        assert line
     process.send_signal(signal.SIGTERM)
     output = process.stdout.read()
     assert process.wait(60) == 143 and "The same command goes on" in output
