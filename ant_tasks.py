@@ -249,7 +249,7 @@ def expert_paths(layouts, size, tasks, max_steps, generator, sigma=0.0, bursts=0
     """The expert solves tasks [B, K] in B layouts, with Gaussian noise of deviation sigma on its torques. Some episodes
     fail. With probability `bursts` a step it is pushed into a random direction for 8 steps. The actions that are returned
     are then still those that it would have taken, so they show how to come back."""
-    # differs from the paper: bursts. Motion alone tells too well what comes next (labelled controllers .46; with them .53).
+    # differs from the paper: bursts. Without, motion tells too well what comes next (labelled controllers .46, not .53).
     game, generator = Game(layouts, size, tasks, max_steps), on_cpu(generator)
     moves = gridworld.shortest_moves(layouts, size).numpy()  # [B, O, G², 4]
     action, observation = torch.zeros(len(layouts), ACTION), game.observation()
@@ -444,7 +444,7 @@ PRESETS = {
 SYMMETRIES = 32  # images of a world, see `mirror`
 RAW = "raw-action"  # what RL on the model's own actions is called
 LOOK = dict(trajectories=256, layouts=16, film=(4, 10))  # how much is looked at; see internal_rl.py
-EXPECT = dict(  # medians of development seeds 0 to 2
+EXPECT = dict(  # medians of development seeds 0 to 2 (1: with half of the gate steps)
     gap="2.2", expert_success="0.98", base_success="0", steer_success="0.7", gate_precision="0.97", gate_recall="0.99",
     goal_accuracy="0.84", withheld="0.88", internal_success="0.56", raw_success="0")
 
@@ -577,7 +577,7 @@ def random_success(config, layouts):
 
 class Embedding(nn.Module):
     """Observation → e_{t,0}: where things lie, as on the grid, and a linear map of the body; or one of everything."""
-    # differs from the paper: cells, for reading a map in absolute numbers is hard (labelled controllers .18; so .53).
+    # differs from the paper: cells, for reading a map in absolute numbers is hard (labelled controllers .18, not .53).
 
     def __init__(self, config):
         super().__init__()

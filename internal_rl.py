@@ -757,7 +757,7 @@ def learn_codes(run, base, meta, stage, count):
             meta.earlier.load_state_dict(meta.gate.state_dict())
         batch = data.batch(1)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
-        loss = loss if when and what else nll  # else KL is constant, or opening free: it gains nothing in a leg
+        loss = loss if when and what else nll  # for codes alone KL is constant; gates gain nothing in a leg
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
                 batch.valid.sum())
         step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
@@ -1173,7 +1173,7 @@ class Run:
             due = last or (done + 1) % max(1, rounds // reports) == 0
             for i in range(unit):
                 yield Step(done * unit + i, count, due and i == unit - 1, metrics)
-                Run.in_stage = not self.dry  # before the first step, which may make data, nothing is to save
+                Run.in_stage = not self.dry  # only now: the first step may make data, with nothing to save
             done += 1
             spent = before + time.time() - started
             for name, values in metrics.items():
