@@ -124,9 +124,9 @@ class Settings:
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
+    alpha_rests: bool = setting(False, "gates", "α's steps fall with the learning rate; β is not shifted then")
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes; 0: the paper's codes and gates (σ learned)", 0, 0.99)
-    opens_at: float = setting(0.0, "turns", "β from which a learned gate is open; 0: as often as when drawn", 0, 0.99)
     centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
     mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
@@ -689,12 +689,13 @@ def discovery_loss(config, base, meta, batch, generator, mirror=False):
     return nll + meta.alpha * kl, nll, kl, rest[0]
 
 
-def hold_rate(alpha, kl, rate):
+def hold_rate(alpha, kl, rate, pace=1.0):
     """After each step α rises where codes carry more than `rate` nats a cell, and falls where less."""
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
-    # same, so the rate limits how often gates open, and they open where a leg begins.
-    alpha.mul_((0.02 * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
+    # same, so the rate limits how often gates open, and they open where a leg begins. The ant's steps within
+    # cells come late, when gates hardly learn: unless its α learns as little, it runs off and shuts them.
+    alpha.mul_((0.02 * pace * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
 def learn_gates(run, base, meta, count):
@@ -707,11 +708,12 @@ def learn_gates(run, base, meta, count):
     for step in run.steps("gates", count, generator, optimizer, reports=4, **learners):
         batch = data.batch((1 - step.progress ** 3) / 2)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator))
-        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
-                batch.valid.sum())
+        lr = learning_rate(config, config.discover_lr, step.number, step.count)
+        descend(loss, optimizer, lr, batch.valid.sum())
         if config.rate > 0:
             steps_a_cell = batch.valid.sum() / config.module.entries(batch, config.size).sum()
-            hold_rate(meta.alpha, everyones((kl * steps_a_cell)[None]).mean(), config.rate)
+            pace = lr / config.discover_lr if config.alpha_rests else 1.0
+            hold_rate(meta.alpha, everyones((kl * steps_a_cell)[None]).mean(), config.rate, pace)
         step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
@@ -721,17 +723,15 @@ def learn_gates(run, base, meta, count):
 
 @torch.no_grad()
 def settle(run, base, meta):
-    """Shifts β so that what was `opens_at` is THRESHOLD; if that is 0, so that the gate opens as often as drawn."""
+    """Shifts β so that it exceeds THRESHOLD as often as the gate opens when drawn."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain (if the loss is quadratic). On the ant `opens_at`: many steps of small β add up, more on some seeds.
-    at = meta.alpha.new_tensor(run.config.opens_at)
-    if at == 0:
-        data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
-        beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
-        batches = [data.batch(0) for _ in range(ROUND)]
-        beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
-        at = beta.quantile(1 - beta.mean())
+    # gain (if the loss is quadratic).
+    data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
+    beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
+    batches = [data.batch(0) for _ in range(ROUND)]
+    beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
+    at = beta.quantile(1 - beta.mean())
     meta.gate.switch[-1].bias -= everyones(at.logit(eps=1e-6)[None]).mean()
 
 
@@ -779,7 +779,7 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     learn_gates(run, base, meta, config.gate_steps + more_steps)
     base.requires_grad_(False).eval()
-    if config.code_std > 0:
+    if config.code_std > 0 and not config.alpha_rests:
         settle(run, base, meta)
     if config.code_steps > 0:
         if config.turn_steps > 0:  # the ant's first gates are good enough without

@@ -648,17 +648,22 @@ def test_alpha_follows_the_rate():
         before = alpha.item()
         rl.hold_rate(alpha, torch.tensor(kl), 1.2)
         assert alpha.item() == pytest.approx(before * factor, rel=1e-4)
+    before = alpha.item()
+    rl.hold_rate(alpha, torch.tensor(2.4), 1.2, 0.25)
+    assert alpha.item() == pytest.approx(before * math.exp(0.005), rel=1e-4)
     for kl, bound in ((9.0, 2), (0.0, 1e-3)):
         for _ in range(1000):
             rl.hold_rate(alpha, torch.tensor(kl), 1.2)
         assert alpha.item() == pytest.approx(bound)
 
 
-def test_the_rate_counts_cells_and_not_steps(tmp_path, monkeypatch):
-    """On the ant α follows the nats of a whole batch over the cells that its torsos enter."""
-    config, loss, seen = rl.configure("ant", "tiny", trajectories=0, thin=1.0, discover_batch=8), rl.discovery_loss, []
+@pytest.mark.parametrize("rests", [True, False])
+def test_the_rate_counts_cells_and_not_steps(rests, tmp_path, monkeypatch):
+    """On the ant α follows the nats of a whole batch over the cells that its torsos enter, as fast as the rest learns."""
+    config, loss, seen = rl.configure("ant", "tiny", trajectories=0, thin=1.0, discover_batch=8, alpha_rests=rests), rl.discovery_loss, []
     monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
-    monkeypatch.setattr(rl, "hold_rate", lambda alpha, nats, rate: seen.append(nats.item()))
+    monkeypatch.setattr(rl, "learning_rate", lambda config, peak, number, count: peak / 8)
+    monkeypatch.setattr(rl, "hold_rate", lambda alpha, nats, rate, pace: seen.append((nats.item(), pace)))
 
     def spy(config, base, meta, batch, *rest):
         found = loss(config, base, meta, batch, *rest)
@@ -667,10 +672,11 @@ def test_the_rate_counts_cells_and_not_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rl, "discovery_loss", spy)
     rl.learn_gates(rl.Run(config, tmp_path, torch.device("cpu")), rl.Base(config).requires_grad_(False).eval(), rl.Metacontroller(config), 1)
-    (batch, kl), nats = seen
+    (batch, kl), (nats, pace) = seen
     cell = (batch.observation[..., 27:29] * config.size / 2).floor()
     cells = sum(1 + (own[1:n] != own[:n - 1]).any(-1).sum().item() for own, n in zip(cell, batch.length.tolist()))
     assert 5 * cells < batch.length.sum() and nats == pytest.approx(kl * batch.length.sum().item() / cells, rel=1e-5)
+    assert pace == (0.125 if rests else 1)
 
 
 def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
@@ -711,12 +717,13 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     at_once = rl.discover(paper, base)
     saved = lambda run: run.load("gates")["modules"]["meta"]["gate.switch.2.bias"]
     assert at_once.summary is not None and len(stages) == 4 and not torch.equal(at_once.gate.switch[2].bias, saved(paper))  # it settles, too
-    blended = rl.Run(replace(config, code_steps=0, **PAPER), tmp_path / "blended", torch.device("cpu"))
-    blended.folder.mkdir()
-    assert torch.equal(rl.discover(blended, base).gate.switch[2].bias, saved(blended))  # unless gates were never drawn
+    for name, changes in (("blended", PAPER), ("rested", dict(alpha_rests=True))):  # unless gates were never drawn, or α came to rest
+        other = rl.Run(replace(config, code_steps=0, **changes), tmp_path / name, torch.device("cpu"))
+        other.folder.mkdir()
+        assert torch.equal(rl.discover(other, base).gate.switch[2].bias, saved(other))
 
 
-def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn_or_at_a_place(base, meta, tmp_path):
+def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn(base, meta, tmp_path):
     run = rl.Run(replace(CONFIG, discover_batch=64), tmp_path, torch.device("cpu"))
     meta.gate.switch[-1].weight.data *= 4  # so that β varies
     batch = gridworld.expert_batch(CONFIG, 512, generator(3))
@@ -728,12 +735,6 @@ def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn_or_at_a_place(ba
     assert (after > rl.THRESHOLD).float().mean().item() == pytest.approx(before.mean().item(), abs=0.03)
     shift = after.logit() - before.logit()
     assert shift.std() < 1e-3 and (before > rl.THRESHOLD).float().mean().item() != pytest.approx(before.mean().item(), abs=0.05)
-    with torch.no_grad():
-        before = beta()
-        place = before.quantile(0.3).item()
-        run.config = replace(run.config, opens_at=place)
-        rl.settle(run, base, meta)
-        assert torch.equal(beta() > rl.THRESHOLD, before > place) and abs(place - rl.THRESHOLD) > 0.05
     meta.gate.forced = 1.0
     rl.settle(run, base, meta)
     assert (beta() == 1).all() and meta.gate.switch[-1].bias.isfinite().all()
