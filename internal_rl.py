@@ -690,7 +690,7 @@ def discovery_loss(config, base, meta, batch, generator, mirror=False):
 
 
 def hold_rate(alpha, kl, rate, pace=1.0):
-    """After each step α rises where codes carry more than `rate` nats a cell, and falls where less."""
+    """After each step α rises where codes carry more than `rate` nats a cell, else falls: at most by 2% · pace."""
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
     # same, so the rate limits how often gates open, and they open where a leg begins. The ant's steps within
