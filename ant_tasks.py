@@ -330,8 +330,9 @@ def mirror(observation, action, k, size):
 
 def places(observation, size):
     """Cells of the objects and of the agent, read off observations: [..., D] → [..., N+1]"""
-    own = (observation[..., 27:29] * (size / 2) + size / 2).floor().clamp(0, size - 1)  # (column, row from below)
-    offset = observation[..., 31:].unflatten(-1, (-1, 2)) * size + observation[..., None, 29:31] / 2  # in cells
+    local = observation[..., 29:31] / 2  # in cells, from the centre of the ant's
+    own = (observation[..., 27:29] * (size / 2) + (size - 1) / 2 - local).round().clamp(0, size - 1)  # (column, row from below)
+    offset = observation[..., 31:].unflatten(-1, (-1, 2)) * size + local[..., None, :]
     column_row = torch.cat([own[..., None, :] + offset.round(), own[..., None, :]], -2).clamp(0, size - 1)  # [..., N+1, 2]
     return ((size - 1 - column_row[..., 1]) * size + column_row[..., 0]).long()
 

@@ -16,7 +16,7 @@ Contents
     Several processes · Checkpoints · Looking inside · Figures · Benchmark · Comparisons · Command line
 
 One forward pass
-                          the future (in 5 the policy π instead) ─► encoder ─► μ_t, Σ_t ─► z̃_t ──┐
+                          the future ─► encoder (in 5: policy π) ─► μ_t, Σ_t ─► z̃_t ─────────────┐
                                ┌─► h_{t−1} ─► gate β_t(e_t, h_{t−1}) ─────────────────────────────┤
  o_1…o_t ─► blocks 1…l ─► e_t ─┤                                    z_t = β_t z̃_t + (1−β_t) z_{t−1}
                                │                                                │ hypernetwork
@@ -36,9 +36,9 @@ Glossary (code name: paper symbol, where)
   next_obs     weight λ of the next-observation loss                     pretraining_loss          Eq. 4, 5
   batch        Trajectories: observation [B, T+1, D], action [B, T, …], subgoal, valid [B, T], length [B]
   D, D*        expert data for the base / for everything after it        ExpertData                App. C
-Dims: B batch, n games that still run, T actions of an episode, S switches of an episode, D numbers of an
-observation, C residual width, O colours, N objects (colours, then walls), K subgoals, V visits of a task,
-Z code, R rank, J hidden units of f_hyp.
+Dims: B batch, n rows of any kind (say, games that still run), T actions of an episode, S switches of an
+episode, D numbers of an observation, C residual width, O colours, N objects (colours, then walls), K
+subgoals, V visits of a task, Z code, R rank, J hidden units of f_hyp.
 What differs from the paper is marked where it happens: grep "differs from the paper".
 """
 import argparse
@@ -123,7 +123,7 @@ class Settings:
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
-    rate: float = setting(1.2, "gates", "nats a cell of the way to which α holds the KL; 0: α stays", 0, 1000)
+    rate: float = setting(1.2, "gates", "α holds the KL at so many nats a cell of the way; 0: α stays", 0, 1000)
     alpha_rests: bool = setting(False, "gates", "α's steps fall with the learning rate; β is not shifted then")
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes; 0: the paper's codes and gates (σ learned)", 0, 0.99)
@@ -435,8 +435,8 @@ class Moment:
 
 @torch.no_grad()
 def play(config, base, game, generator, intervene=None):
-    """The base model acts until all games (B, see gridworld.Game) are over, at temperature 1. → Trajectories
-    intervene(Moment) → ê [n, C] replaces the residual stream after block l."""
+    """The base model acts until all games (B, see gridworld.Game) are over, at temperature 1. → Trajectories.
+    What intervene(Moment) returns, ê [n, C], replaces the residual stream after block l."""
     module, device = config.module, generator.device
     games, cache = game.rows, [None] * len(base.blocks)  # games [n]: which still run, at first 0 … B−1
     observation = game.observation().to(device)
@@ -624,7 +624,8 @@ class Metacontroller(nn.Module):
                 s = backwards(self.summary(backwards(e, length))[0], length)  # s_t has read o_{T+1} … o_t
             return torch.cat([h, s], -1)
         # differs from the paper: a code is inferred from where its segment ends, the observation at which the
-        # next gate opens. It shows the goal; the way there and its length cannot be read from e_{t,0}.
+        # next gate opens. It shows the goal, on the grid neither the way there nor its length. The ant's e_{t,l}
+        # tells some of both, but in mirror images that explains nothing.
         return e.gather(1, next_opening(starts, length)[..., None].expand_as(e))
 
     def encode(self, e, h, starts, length):
@@ -744,7 +745,7 @@ def learn_codes(run, base, meta, stage, count):
     meta.hyper.bias = config.bias and stage == "codes"
     # differs from the paper: segments end where an earlier gate opened. If they followed the gate that
     # learns, a shut one and an open one would carry the same code, and opening would gain nothing.
-    meta.earlier = copy.deepcopy(meta.gate)
+    meta.earlier = copy.deepcopy(meta.gate) if stage == "turns" else None
     optimizer = torch.optim.AdamW(meta.to(run.device).parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
     for step in run.steps(stage, count, generator, optimizer, reports=3, meta=meta):
@@ -753,11 +754,11 @@ def learn_codes(run, base, meta, stage, count):
         meta.train(when).gate.requires_grad_(when)  # gates are drawn only while they learn
         meta.encoder.requires_grad_(what)
         meta.hyper.requires_grad_(what)
-        if step.number % max(1, count // 8) == 0:
+        if stage == "turns" and step.number % max(1, count // 8) == 0:
             meta.earlier.load_state_dict(meta.gate.state_dict())
         batch = data.batch(1)
         loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
-        loss = loss if when and what else nll  # for codes alone KL is constant; gates gain nothing in a leg
+        loss = loss if when and what else nll  # codes alone: KL is constant; gate alone: a leg has one code
         descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
                 batch.valid.sum())
         step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
@@ -849,7 +850,8 @@ def gaussian_log_prob(z, mean, std):
 
 
 class PolicyActor:
-    """Lets the policy choose codes, and writes down e [B, S, C], its mean and z, each [B, S, Z]."""
+    """Lets the policy choose codes, and writes down e [B, max_steps, C], its means and choices z [B, max_steps,
+    Z], of which the first count [B] are filled."""
 
     def __init__(self, config, policy, batch, std, generator):
         self.policy, self.std, self.generator, device = policy, std, generator, generator.device
