@@ -136,7 +136,6 @@ class Settings:
     raw_lr: float = setting(1e-4, "raw", "baseline: learning rate of the base model", 1e-12, 1e6)
     std_start: float = setting(1.0, "rl", "the policy's std where it solves nothing (prior: 1)", 1e-6, 1000)
     std_end: float = setting(0.25, "rl", "the policy's std where it solves everything", 1e-6, 1000)
-    refractory: int = setting(0, "rl", "steps that a gate stays shut after it opened, in acting", 0, 1000)
     method: str = setting("internal", "gates", "rivals: raw (tokens only), forced (every gate is open), "
                           "cotrain (the base model learns, too, from scratch), compile (CompILE)",
                           choices=["internal", "raw", "forced", "cotrain", "compile"])
@@ -799,19 +798,15 @@ class CodeIntervention:
         self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.alpha.device
         self.h = torch.zeros(batch, N_H, device=device)
         self.z = torch.zeros(batch, config.n_z, device=device)
-        self.chosen = torch.zeros(batch, dtype=torch.long, device=device)  # when z was
         self.trace = []  # (games, β, open) of every step
 
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
         beta, self.h[now.games] = self.meta.gate.step(x, self.h[now.games])  # Eq. 12, 16
-        # differs from the paper: the ant's gate is shut for eight steps after it opened. When it was drawn, it
-        # could still open late in them, the leg having just begun; here it would only ask for another code.
-        ready = (now.t - self.chosen[now.games] > self.config.refractory) & (not self.hold)
-        is_open = (beta > THRESHOLD) & ready | (now.t == 0)  # β_1 = 1
+        is_open = (beta > THRESHOLD) & (not self.hold) | (now.t == 0)  # β_1 = 1
         at = is_open.nonzero()[:, 0]
         if len(at):
-            self.z[now.games[at]], self.chosen[now.games[at]] = self.choose(now.e[at], now.games[at]), now.t
+            self.z[now.games[at]] = self.choose(now.e[at], now.games[at])
         self.trace.append((now.games, beta, is_open))
         return self.meta.hyper(now.e, self.z[now.games])  # Eq. 11
 
@@ -1541,12 +1536,11 @@ def bench(run):
         print(f"bench: grid, {name} {scale * sorted(seconds[1:])[2]:.3f}")
 
 # ========================================================================================= Comparisons
-# --figure NAME. Rivals (Fig. 8, C.4-5): raw: PPO on moves. forced: a code every step (on the ant with
-# --refractory 0). cotrain: base model and metacontroller from scratch, together. compile: CompILE. With
-# code_steps 0 gates and codes are learned at once, as in the paper; else our turns follow. baselines (Fig.
-# 8), controls: success over episodes; rate (Fig. 7): KL over NLL; depth, pretraining (Fig. 3, 4, A1, A2):
-# labelled controllers; discovery: parts left out, rivals with our turns; variance (E.2): the first policy
-# gradient, where base models know the way.
+# --figure NAME. Rivals (Fig. 8, C.4-5): raw: PPO on moves. forced: a code every step. cotrain: base model and
+# metacontroller from scratch, together. compile: CompILE. With code_steps 0 gates and codes are learned at
+# once, as in the paper; else our turns follow. baselines (Fig. 8), controls: success over episodes; rate
+# (Fig. 7): KL over NLL; depth, pretraining (Fig. 3, 4, A1, A2): labelled controllers; discovery: parts left
+# out, rivals with our turns; variance (E.2): the first policy gradient, where base models know the way.
 
 MOST, SEGMENT = 4, 4  # CompILE: segments of a trajectory at most; their mean length in its prior
 
