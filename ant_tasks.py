@@ -421,7 +421,7 @@ class Block(nn.Module):
 
 
 SETTINGS = {  # of this world alone: name → (default, help, lowest, highest value); of the base model's stage
-    "trajectories": (40_000, "expert episodes kept on disk (those without noise: a quarter); 0: fresh ones", 0, 10 ** 7),
+    "trajectories": (40_000, "expert episodes tried, the solved ones are kept (of D* a quarter); 0: fresh ones", 0, 10 ** 7),
     "bursts": (0.01, "probability a step that the expert is pushed into a random direction for 8 steps", 0, 1),
     "thin": (1 / 256, "share of steps within a cell to train on; in pretrain it rises to 1, in gates from its root", 1e-6, 1),
 }
