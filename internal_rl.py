@@ -694,7 +694,7 @@ def hold_rate(alpha, kl, rate, pace=1.0):
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
     # same, so the rate limits how often gates open, and they open where a leg begins. The ant's steps within
-    # cells come late, when gates hardly learn: unless its α learns as little, it runs off and shuts them.
+    # cells come late, when gates hardly learn: an α that still learned fast would run off and shut them.
     alpha.mul_((0.02 * pace * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
