@@ -689,7 +689,7 @@ def discovery_loss(config, base, meta, batch, generator, mirror=False):
     return nll + meta.alpha * kl, nll, kl, rest[0]
 
 
-def hold_rate(alpha, kl, rate, pace=1.0):
+def hold_rate(alpha, kl, rate, pace):
     """After each step α rises where codes carry more than `rate` nats a cell, else falls: at most by 2% · pace."""
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
@@ -726,7 +726,7 @@ def settle(run, base, meta):
     """Shifts β so that it exceeds THRESHOLD as often as the gate opens when drawn."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain (if the loss is quadratic). The ant's α, which rests, stays so low that this is above ½ anyway.
+    # gain (if the loss is quadratic). The ant's α, which rests, stays so low that most are above ½ anyway.
     data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
     batches = [data.batch(0) for _ in range(ROUND)]

@@ -646,14 +646,14 @@ def test_alpha_follows_the_rate():
     alpha = torch.tensor(0.01)
     for kl, factor in ((2.4, math.exp(0.02)), (99.0, math.exp(0.02)), (1.2, 1), (0.6, math.exp(-0.01)), (0.0, math.exp(-0.02))):
         before = alpha.item()
-        rl.hold_rate(alpha, torch.tensor(kl), 1.2)
+        rl.hold_rate(alpha, torch.tensor(kl), 1.2, 1.0)
         assert alpha.item() == pytest.approx(before * factor, rel=1e-4)
     before = alpha.item()
     rl.hold_rate(alpha, torch.tensor(2.4), 1.2, 0.25)
     assert alpha.item() == pytest.approx(before * math.exp(0.005), rel=1e-4)
     for kl, bound in ((9.0, 2), (0.0, 1e-3)):
         for _ in range(1000):
-            rl.hold_rate(alpha, torch.tensor(kl), 1.2)
+            rl.hold_rate(alpha, torch.tensor(kl), 1.2, 1.0)
         assert alpha.item() == pytest.approx(bound)
 
 
