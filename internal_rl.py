@@ -124,7 +124,7 @@ class Settings:
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "α holds the KL at so many nats a cell of the way; 0: α stays", 0, 1000)
-    alpha_rests: bool = setting(False, "gates", "α's steps fall with the learning rate; β is not shifted then")
+    alpha_rests: bool = setting(False, "gates", "α's steps fall with the learning rate; β above ⅜ opens then")
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes; 0: the paper's codes and gates (σ learned)", 0, 0.99)
     centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
@@ -723,10 +723,14 @@ def learn_gates(run, base, meta, count):
 
 @torch.no_grad()
 def settle(run, base, meta):
-    """Shifts β so that it exceeds THRESHOLD as often as the gate opens when drawn."""
+    """Shifts β so that it exceeds THRESHOLD as often as the gate opens when drawn; if α rests, where it was > ⅜."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain (if the loss is quadratic). The ant's α, which rests, stays so low that most are above ½ anyway.
+    # gain (if the loss is quadratic). While α rests few legs stay below ½, but each may cost a game; by number
+    # the ant's gates would open at wrong steps, as β is a little above 0 at so many.
+    if run.config.alpha_rests:
+        meta.gate.switch[-1].bias += math.log(5 / 3)
+        return
     data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
     batches = [data.batch(0) for _ in range(ROUND)]
@@ -779,7 +783,7 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     learn_gates(run, base, meta, config.gate_steps + more_steps)
     base.requires_grad_(False).eval()
-    if config.code_std > 0 and not config.alpha_rests:
+    if config.code_std > 0:
         settle(run, base, meta)
     if config.code_steps > 0:
         if config.turn_steps > 0:  # the ant's first gates are good enough without

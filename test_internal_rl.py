@@ -716,10 +716,11 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     at_once = rl.discover(paper, base)
     saved = lambda run: run.load("gates")["modules"]["meta"]["gate.switch.2.bias"]
     assert at_once.summary is not None and len(stages) == 4 and not torch.equal(at_once.gate.switch[2].bias, saved(paper))  # it settles, too
-    for name, changes in (("blended", PAPER), ("rested", dict(alpha_rests=True))):  # unless gates were never drawn, or α came to rest
+    for name, changes, shift in (("blended", PAPER, 0), ("rested", dict(alpha_rests=True), math.log(5 / 3))):  # gates never drawn; α at rest
         other = rl.Run(replace(config, code_steps=0, **changes), tmp_path / name, torch.device("cpu"))
         other.folder.mkdir()
-        assert torch.equal(rl.discover(other, base).gate.switch[2].bias, saved(other))
+        assert torch.equal(rl.discover(other, base).gate.switch[2].bias, saved(other) + shift)
+    assert torch.tensor([0.374, 0.376]).logit().add(shift).sigmoid().gt(rl.THRESHOLD).tolist() == [False, True]
 
 
 def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn(base, meta, tmp_path):
