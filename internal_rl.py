@@ -726,10 +726,10 @@ def settle(run, base, meta):
     """Shifts β so that it exceeds THRESHOLD as often as the gate opens when drawn; if α rests, where it was > ⅜."""
     # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
     # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain (if the loss is quadratic). While α rests few legs stay below ½, but each may cost a game; by number
-    # the ant's gates would open at wrong steps, as β is a little above 0 at so many.
+    # gain (if the loss is quadratic). A resting α stays so low that few legs stay below ½, but each costs a game;
+    # by number the ant's gates would open at wrong steps, as β is a little above 0 at so many.
     if run.config.alpha_rests:
-        meta.gate.switch[-1].bias += math.log(5 / 3)
+        meta.gate.switch[-1].bias += math.log(5 / 3)  # minus the logit of ⅜
         return
     data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
     beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]

@@ -720,6 +720,7 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
         other = rl.Run(replace(config, code_steps=0, **changes), tmp_path / name, torch.device("cpu"))
         other.folder.mkdir()
         assert torch.equal(rl.discover(other, base).gate.switch[2].bias, saved(other) + shift)
+    # … and then β above ⅜ opens
     assert torch.tensor([0.374, 0.376]).logit().add(shift).sigmoid().gt(rl.THRESHOLD).tolist() == [False, True]
 
 
