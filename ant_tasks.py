@@ -428,7 +428,7 @@ SETTINGS = {  # of this world alone: name → (default, help, lowest, highest va
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
 # differs from the paper: control of rank 64 (a full matrix), after block 1 of 4 (the middle one: labels .52, not .71).
 QUICK = dict(ANT, next_obs=10.0, pretrain_steps=16_000, steer_steps=2400, centred=True, read_embedding=False, gate_steps=2400,
-             alpha_rests=True, turn_steps=0, code_steps=3200, rl_episodes=25_600, rl_batch=512, rl_lr=1e-3)
+             turn_steps=0, code_steps=3200, rl_episodes=25_600, rl_batch=512, rl_lr=1e-3)
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(

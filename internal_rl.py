@@ -17,7 +17,7 @@ Contents
 
 One forward pass
                           the future ─► encoder (in 5: policy π) ─► μ_t, Σ_t ─► z̃_t ─────────────┐
-                               ┌─► h_{t−1} ─► gate β_t(e_t, h_{t−1}) ─────────────────────────────┤
+                               ┌─► gate β_t(e_t, e_{t−1}) ────────────────────────────────────────┤
  o_1…o_t ─► blocks 1…l ─► e_t ─┤                                    z_t = β_t z̃_t + (1−β_t) z_{t−1}
                                │                                                │ hypernetwork
                                └─► ê_t = e_t + U_t e_t ◄─── U_t = BᵀA/√C of z_t ┘
@@ -27,7 +27,7 @@ Glossary (code name: paper symbol, where)
   e            residual stream e_{t,l} after block l, L/2 or as set      Base.lower, Base.upper    Sec. 1
                (the metacontroller reads the embedding e_{t,0} on the grid, e_{t,l} of the ant)
   U, A, B      linear controller U = BᵀA/√C of rank R                    linear_control            Eq. 1,11,18
-  h            causal history h_t                                        Gate.history              Eq. 12
+  h            causal history h_t                                        Metacontroller.history    Eq. 12
   s            summary f_emb of the whole trajectory, one vector         Metacontroller.summary    Eq. 13
   mu, log_sigma  μ_t, ln √Σ_t (diagonal) of the proposed code            Metacontroller.encode     Eq. 14, 15
   beta         switch gate β_t (1 = take the proposal, 0 = keep)         Gate                      Eq. 16
@@ -124,7 +124,6 @@ class Settings:
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "α holds the KL at so many nats a cell of the way; 0: α stays", 0, 1000)
-    alpha_rests: bool = setting(False, "gates", "α's steps fall with the learning rate; β above ⅜ opens then")
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes; 0: the paper's codes and gates (σ learned)", 0, 0.99)
     centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
@@ -505,7 +504,9 @@ def steer(run, base):
 # goal_accuracy and held_share high, R² of direction and distance low. Good gates alone prove little.
 
 N_H, N_S, J = 32, 32, 32  # sizes of history h, summary s, hidden layer of f_hyp (Table A9)
-THRESHOLD = 0.5  # a gate is open if its β is above this (in training: above a random number)
+# differs from the paper, where it is ½. Gradients pass as if a drawn gate were β, so β rests where 1 − β is the
+# price of opening over twice its gain (if the loss is quadratic): at few legs below ½, but each may cost a game.
+THRESHOLD = 3 / 8  # a gate is open if its β is above this (in training: above a random number)
 
 
 def integrate(beta, proposal):
@@ -564,30 +565,23 @@ def perceptron(inputs, outputs):
 
 
 class Gate(nn.Module):
-    """β_t = f_switch(e_t, h_{t−1}) of normalised residuals (Eq. 12, 16)"""
-    # differs from the paper: the gate does not see z_{t−1}, so that it still fits when codes are new.
+    """β_t = f_switch(e_t, e_{t−1}) of normalised residuals (Eq. 16)"""
+    # differs from the paper: the gate sees e_{t−1} instead of h_{t−1} and z_{t−1}. With a memory it learns which
+    # colour follows which, and stays shut where another one does; without z it still fits when codes are new.
 
     def __init__(self, config):
         super().__init__()
-        self.history = nn.GRU(config.width, N_H, batch_first=True)
-        self.forced = float(config.method == "forced")
-        self.switch = perceptron(config.width + N_H, 1)
+        self.forced, self.switch = float(config.method == "forced"), perceptron(2 * config.width, 1)
         # differs from the paper: gates start almost shut, which favours codes worth holding.
         nn.init.constant_(self.switch[-1].bias, -2)
 
-    def beta(self, e, h_before):
-        """[..., C], [..., N_H] → [...]"""
-        return self.switch(torch.cat([e, h_before], -1))[..., 0].sigmoid().clamp(min=self.forced)
+    def step(self, e, before):
+        """e_t, e_{t−1} [..., C] → β_t [...]"""
+        return self.switch(torch.cat([e, before], -1))[..., 0].sigmoid().clamp(min=self.forced)
 
     def forward(self, e):
-        """Whole trajectories, e [B, T+1, C] → β [B, T+1], h [B, T+1, N_H]"""
-        h, _ = self.history(e)
-        beta = self.beta(e, F.pad(h[:, :-1], (0, 0, 1, 0)))  # h_{t−1}, zero at the start
-        return F.pad(beta[:, 1:], (1, 0), value=1), h  # β_1 = 1
-
-    def step(self, e, h):
-        """One step, e_t [n, C], h_{t−1} [n, N_H] → β_t [n], h_t"""
-        return self.beta(e, h), self.history(e[:, None], h[None])[1][0]
+        """Whole trajectories, e [B, T+1, C] → β [B, T+1]"""
+        return F.pad(self.step(e[:, 1:], e[:, :-1]), (1, 0), value=1)  # β_1 = 1
 
 
 class Metacontroller(nn.Module):
@@ -599,6 +593,7 @@ class Metacontroller(nn.Module):
         self.norm = nn.LayerNorm(width)  # differs from the paper: all but `hyper` reads a normalised e.
         self.gate, self.hyper = Gate(config), Hypernetwork(config)
         # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
+        self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
         # differs from the paper: the first encoder reads e_t only through h_t.
         self.encoder = perceptron(N_H + N_S, config.n_z if config.code_std > 0 else 2 * config.n_z)
@@ -610,10 +605,11 @@ class Metacontroller(nn.Module):
 
     def forget_codes(self):
         """A new encoder, which reads where a segment ends instead of h and s, and a new f_hyp."""
-        self.summary, self.encoder = None, perceptron(self.config.width, self.encoder[-1].out_features)
+        self.history = self.summary = None
+        self.encoder = perceptron(self.config.width, self.encoder[-1].out_features)
         self.hyper = Hypernetwork(self.config)
 
-    def evidence(self, e, h, starts, length):
+    def evidence(self, e, starts, length):
         """What a code is inferred from; arguments as of `encode` → [B, T+1, …]"""
         if self.summary is not None:
             # differs from the paper: s has read o_{T+1}, too.
@@ -621,15 +617,15 @@ class Metacontroller(nn.Module):
             s = s[:, None].expand(-1, e.shape[1], -1)
             if self.config.per_step:
                 s = backwards(self.summary(backwards(e, length))[0], length)  # s_t has read o_{T+1} … o_t
-            return torch.cat([h, s], -1)
+            return torch.cat([self.history(e)[0], s], -1)
         # differs from the paper: a code is inferred from where its segment ends, the observation at which the
         # next gate opens. It shows the goal, on the grid neither the way there nor its length. The ant's e_{t,l}
         # tells some of both, but in mirror images that explains nothing.
         return e.gather(1, next_opening(starts, length)[..., None].expand_as(e))
 
-    def encode(self, e, h, starts, length):
-        """e [B, T+1, C], h [B, T+1, N_H], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
-        mu, std = self.encoder(self.evidence(e, h, starts, length)), self.config.code_std
+    def encode(self, e, starts, length):
+        """e [B, T+1, C], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
+        mu, std = self.encoder(self.evidence(e, starts, length)), self.config.code_std
         if std > 0:
             # differs from the paper: on the ant μ has mean 0 and spread 1 in a batch. A new encoder's codes
             # all point one way. Without this they spread as well, but gates come out worse.
@@ -658,10 +654,10 @@ class Metacontroller(nn.Module):
     def forward(self, e, length, generator):
         """e [B, T+1, C] of whole trajectories, length [B] → z [B, T+1, Z], β, gates [B, T+1], μ, ln σ as z"""
         e = self.norm(e)
-        beta, h = self.gate(e)
+        beta = self.gate(e)
         is_open, gates = self.draw_gates(beta, generator)
-        starts = is_open if self.earlier is None else self.earlier(e)[0] > THRESHOLD
-        mu, log_sigma = self.encode(e, h, starts, length)
+        starts = is_open if self.earlier is None else self.earlier(e) > THRESHOLD
+        mu, log_sigma = self.encode(e, starts, length)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
         return integrate(gates, proposal), beta, gates, mu, log_sigma
@@ -693,8 +689,8 @@ def hold_rate(alpha, kl, rate, pace):
     """After each step α rises where codes carry more than `rate` nats a cell, else falls: at most by 2% · pace."""
     # differs from the paper: α follows a rate. Below it codes are almost free, so they cannot die out before
     # they mean anything; above it their price rises, so they cannot be sent again at every step. All cost the
-    # same, so the rate limits how often gates open, and they open where a leg begins. The ant's steps within
-    # cells come late, when gates hardly learn: an α that still learned fast would run off and shut them.
+    # same, so the rate limits how often gates open, and they open where a leg begins. α slows down with the learning
+    # rate: when the ant's many steps within cells come, gates hardly learn any more, and it would shut them.
     alpha.mul_((0.02 * pace * (kl.detach() / rate - 1).clamp(-1, 1)).exp()).clamp_(1e-3, 2)
 
 
@@ -712,31 +708,13 @@ def learn_gates(run, base, meta, count):
         descend(loss, optimizer, lr, batch.valid.sum())
         if config.rate > 0:
             steps_a_cell = batch.valid.sum() / config.module.entries(batch, config.size).sum()
-            pace = lr / config.discover_lr if config.alpha_rests else 1.0
-            hold_rate(meta.alpha, everyones((kl * steps_a_cell)[None]).mean(), config.rate, pace)
+            nats = everyones((kl * steps_a_cell)[None]).mean()
+            hold_rate(meta.alpha, nats, config.rate, lr / config.discover_lr)
         step.log(loss=loss, nll=nll, kl=kl, alpha=meta.alpha.clone(),
                  beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_gates(run, base, meta))
     meta.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def settle(run, base, meta):
-    """Shifts β so that it exceeds THRESHOLD as often as the gate opens when drawn; if α rests, where it was > ⅜."""
-    # differs from the paper, whose gates blend: drawn gates leave β moderate even where a leg begins.
-    # Gradients pass as if the gate were β, so it rests where 1 − β is the price of opening over twice its
-    # gain (if the loss is quadratic). A resting α stays so low that few legs stay below ½, but each costs a game;
-    # by number the ant's gates would open at wrong steps, as β is a little above 0 at so many.
-    if run.config.alpha_rests:
-        meta.gate.switch[-1].bias += math.log(5 / 3)  # minus the logit of ⅜
-        return
-    data = ExpertData(run, run.config.discover_batch, 0.0, run.generator("turns"))
-    beta_of = lambda batch: meta.gate(meta.norm(meta_input(run.config, base, batch.observation)))[0]
-    batches = [data.batch(0) for _ in range(ROUND)]
-    beta = torch.cat([beta_of(batch)[:, 1:-1][batch.valid[:, 1:]] for batch in batches])
-    at = beta.quantile(1 - beta.mean())
-    meta.gate.switch[-1].bias -= everyones(at.logit(eps=1e-6)[None]).mean()
 
 
 def learn_codes(run, base, meta, stage, count):
@@ -783,8 +761,6 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     print(f"gates: metacontroller with {sum(p.numel() for p in meta.parameters()):,} parameters", flush=True)
     learn_gates(run, base, meta, config.gate_steps + more_steps)
     base.requires_grad_(False).eval()
-    if config.code_std > 0:
-        settle(run, base, meta)
     if config.code_steps > 0:
         if config.turn_steps > 0:  # the ant's first gates are good enough without
             learn_codes(run, base, meta, "turns", config.turn_steps)
@@ -800,13 +776,13 @@ class CodeIntervention:
 
     def __init__(self, config, meta, choose, batch, hold=False):
         self.config, self.meta, self.choose, self.hold, device = config, meta, choose, hold, meta.alpha.device
-        self.h = torch.zeros(batch, N_H, device=device)
+        self.before = torch.zeros(batch, config.width, device=device)  # what the gate saw last
         self.z = torch.zeros(batch, config.n_z, device=device)
         self.trace = []  # (games, β, open) of every step
 
     def __call__(self, now):
         x = self.meta.norm(now.embedding if self.config.read_embedding else now.e)
-        beta, self.h[now.games] = self.meta.gate.step(x, self.h[now.games])  # Eq. 12, 16
+        beta, self.before[now.games] = self.meta.gate.step(x, self.before[now.games]), x  # Eq. 16
         is_open = (beta > THRESHOLD) & (not self.hold) | (now.t == 0)  # β_1 = 1
         at = is_open.nonzero()[:, 0]
         if len(at):
@@ -1033,7 +1009,7 @@ STAGES = {  # name → all the stages that it builds on, or shares settings with
 EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
     "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
     "bar codes", "bar plays", "film layouts", "film plays", "gate trajectories", "gate proposals", "search",
-    "pairs"), start=1)}
+    "pairs"), start=101)}
 
 
 def refuse(message, status=2):
@@ -1563,7 +1539,8 @@ class CompILE(Metacontroller):
         gates = gates * (MOST - gates.cumsum(1) + gates).clamp(0, 1)
         return gates > THRESHOLD, gates
 
-    def evidence(self, e, h, starts, length):
+    def evidence(self, e, starts, length):
+        h, _ = self.history(e)
         return torch.cat([h, h.gather(1, next_opening(starts, length)[..., None].expand_as(h))], -1)
 
     def kl(self, beta, gates, mu, log_sigma):

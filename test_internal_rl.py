@@ -530,7 +530,7 @@ def test_a_code_is_inferred_from_the_end_of_its_segment_and_nothing_else(base, m
     """Whatever happens elsewhere changes no code, and all steps of a segment propose the same one."""
     meta.forget_codes()
     e = meta.norm(base.lower(batch.observation)).detach()
-    encode = lambda e: meta.encode(e, None, is_open, batch.length)[0]
+    encode = lambda e: meta.encode(e, is_open, batch.length)[0]
     is_open = torch.rand(e.shape[:2], generator=generator()) < 0.3
     end = rl.next_opening(is_open, batch.length)
     mu = encode(e)
@@ -545,10 +545,10 @@ def test_centred_codes_point_everywhere(base, meta, batch):
     meta.forget_codes()
     e = base.embed(batch.observation).detach()
     starts = torch.rand(e.shape[:2], generator=generator()) < 0.3
-    plain, _ = meta.encode(meta.norm(e), None, starts, batch.length)
+    plain, _ = meta.encode(meta.norm(e), starts, batch.length)
     meta.config = replace(CONFIG, centred=True)
-    centred, _ = meta.encode(meta.norm(e), None, starts, batch.length)
-    raw = meta.encoder(meta.evidence(meta.norm(e), None, starts, batch.length))
+    centred, _ = meta.encode(meta.norm(e), starts, batch.length)
+    raw = meta.encoder(meta.evidence(meta.norm(e), starts, batch.length))
     raw = raw - raw.mean((0, 1))
     raw = raw / (raw.square().mean((0, 1)) + 1e-5).sqrt()
     length = math.sqrt(CONFIG.n_z * (1 - CONFIG.code_std ** 2))
@@ -558,8 +558,8 @@ def test_centred_codes_point_everywhere(base, meta, batch):
 
 
 @pytest.mark.parametrize("read_embedding", [False, True])
-def test_history_excludes_the_present(read_embedding, base, meta, batch, monkeypatch):
-    """h_{t−1} with e_t: the gate of step t is the gate that acting computes step by step."""
+def test_the_gate_compares_the_present_with_the_step_before(read_embedding, base, meta, batch, monkeypatch):
+    """e_{t−1} with e_t: the gate of step t is the gate that acting computes step by step."""
     monkeypatch.setattr(rl, "THRESHOLD", -1.0)
     config = replace(CONFIG, read_embedding=read_embedding)
     with torch.no_grad():
@@ -657,10 +657,9 @@ def test_alpha_follows_the_rate():
         assert alpha.item() == pytest.approx(bound)
 
 
-@pytest.mark.parametrize("rests", [True, False])
-def test_the_rate_counts_cells_and_not_steps(rests, tmp_path, monkeypatch):
+def test_the_rate_counts_cells_and_not_steps(tmp_path, monkeypatch):
     """On the ant α follows the nats of a whole batch over the cells that its torsos enter, as fast as the rest learns."""
-    config, loss, seen = rl.configure("ant", "tiny", trajectories=0, thin=1.0, discover_batch=8, alpha_rests=rests), rl.discovery_loss, []
+    config, loss, seen = rl.configure("ant", "tiny", trajectories=0, thin=1.0, discover_batch=8), rl.discovery_loss, []
     monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
     monkeypatch.setattr(rl, "learning_rate", lambda config, peak, number, count: peak / 8)
     monkeypatch.setattr(rl, "hold_rate", lambda alpha, nats, rate, pace: seen.append((nats.item(), pace)))
@@ -676,7 +675,7 @@ def test_the_rate_counts_cells_and_not_steps(rests, tmp_path, monkeypatch):
     cell = (batch.observation[..., 27:29] * config.size / 2).floor()
     cells = sum(1 + (own[1:n] != own[:n - 1]).any(-1).sum().item() for own, n in zip(cell, batch.length.tolist()))
     assert 5 * cells < batch.length.sum() and nats == pytest.approx(kl * batch.length.sum().item() / cells, rel=1e-5)
-    assert pace == (0.125 if rests else 1)
+    assert pace == 0.125
 
 
 def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
@@ -703,42 +702,17 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
             last = stage == "turns" and n >= 48
             assert mirror == (stage != "gates") and drawn == (stage == "gates" or stage == "turns" and not first)
             if stage == "gates":
-                assert changed == {"norm", "gate", "hyper", "summary", "encoder", "alpha"}
+                assert changed == {"norm", "gate", "hyper", "history", "summary", "encoder", "alpha"}
             else:
                 assert changed - {"earlier"} == ({"encoder", "hyper"} if first or stage == "codes" else {"gate"} if last else {"encoder", "hyper", "gate"})
                 same = [torch.equal(after[f"gate.{name[8:]}"], value) for name, value in after.items() if name.startswith("earlier.")]
                 assert bool(same) == (stage == "turns") and all(same) == (stage == "codes" or n < 16 or (n + 1) % 8 == 0)
     gates, turns, codes = moments["gates"][-1][2], moments["turns"][0][2], moments["codes"][0][2]
     assert all(torch.equal(value, codes[name]) for name, value in turns.items() if name.startswith(("encoder.", "hyper.")))
-    assert not torch.equal(gates["gate.switch.2.bias"], turns["gate.switch.2.bias"])  # see `settle`
     paper = rl.Run(replace(config, code_steps=0), tmp_path / "paper", torch.device("cpu"))
     paper.folder.mkdir()
     at_once = rl.discover(paper, base)
-    saved = lambda run: run.load("gates")["modules"]["meta"]["gate.switch.2.bias"]
-    assert at_once.summary is not None and len(stages) == 4 and not torch.equal(at_once.gate.switch[2].bias, saved(paper))  # it settles, too
-    for name, changes, shift in (("blended", PAPER, 0), ("rested", dict(alpha_rests=True), math.log(5 / 3))):  # gates never drawn; α at rest
-        other = rl.Run(replace(config, code_steps=0, **changes), tmp_path / name, torch.device("cpu"))
-        other.folder.mkdir()
-        assert torch.equal(rl.discover(other, base).gate.switch[2].bias, saved(other) + shift)
-    # … and then β above ⅜ opens
-    assert torch.tensor([0.374, 0.376]).logit().add(shift).sigmoid().gt(rl.THRESHOLD).tolist() == [False, True]
-
-
-def test_a_gate_settles_where_it_opens_as_often_as_it_was_drawn(base, meta, tmp_path):
-    run = rl.Run(replace(CONFIG, discover_batch=64), tmp_path, torch.device("cpu"))
-    meta.gate.switch[-1].weight.data *= 4  # so that β varies
-    batch = gridworld.expert_batch(CONFIG, 512, generator(3))
-    beta = lambda: meta.gate(meta.norm(base.embed(batch.observation)))[0][:, 1:-1][batch.valid[:, 1:]]
-    with torch.no_grad():
-        before = beta()
-        rl.settle(run, base, meta)
-        after = beta()
-    assert (after > rl.THRESHOLD).float().mean().item() == pytest.approx(before.mean().item(), abs=0.03)
-    shift = after.logit() - before.logit()
-    assert shift.std() < 1e-3 and (before > rl.THRESHOLD).float().mean().item() != pytest.approx(before.mean().item(), abs=0.05)
-    meta.gate.forced = 1.0
-    rl.settle(run, base, meta)
-    assert (beta() == 1).all() and meta.gate.switch[-1].bias.isfinite().all()
+    assert at_once.summary is not None and len(stages) == 4
 
 
 def test_segments_may_end_where_an_earlier_gate_opened(base, meta, batch):
@@ -748,8 +722,8 @@ def test_segments_may_end_where_an_earlier_gate_opened(base, meta, batch):
     meta.earlier = copy.deepcopy(meta.gate)
     meta.earlier.switch[-1].bias.data.fill_(0.5)
     _, beta, gates, mu, _ = meta(e, batch.length, generator())
-    starts = meta.earlier(meta.norm(e))[0] > rl.THRESHOLD
-    assert torch.equal(mu, meta.encode(meta.norm(e), None, starts, batch.length)[0]) and not torch.equal(gates > 0.5, starts)
+    starts = meta.earlier(meta.norm(e)) > rl.THRESHOLD
+    assert torch.equal(mu, meta.encode(meta.norm(e), starts, batch.length)[0]) and not torch.equal(gates > 0.5, starts)
     meta.gate.switch[-1].bias.data.fill_(-9)
     _, beta_shut, _, mu_shut, _ = meta(e, batch.length, generator())
     assert torch.equal(mu, mu_shut) and (beta_shut[:, 1:] < beta[:, 1:]).all()
@@ -805,7 +779,7 @@ def test_labels_follow_the_visits(subgoals, task, order):
 def test_policy_acts_and_advances_only_at_switches_and_replay_equals_rollout(base, meta):
     torch.manual_seed(2)
     policy, meta = rl.Policy(CONFIG), copy.deepcopy(meta)
-    meta.gate.switch[-1].bias.data.zero_()  # some gates open, others do not
+    meta.gate.switch[-1].bias.data.fill_(-0.5)  # some gates open, others do not
     layouts = gridworld.draw_layouts(64, 5, 4, 2, generator())
     actor = rl.PolicyActor(CONFIG, policy, 64, 0.7, generator(1))
     control = rl.CodeIntervention(CONFIG, meta, actor, 64)
@@ -1907,7 +1881,7 @@ def test_compile_has_few_relaxed_switches_with_a_prior(base, batch):
     expected = rl.kl_to_standard_normal(mu, log_sigma) * gates + F.pad(torch.distributions.kl_divergence(torch.distributions.Bernoulli(p), prior), (1, 0))
     assert torch.allclose(meta.kl(beta, gates, mu, log_sigma)[:, 1:], expected[:, 1:], atol=1e-4)
     starts = gates > rl.THRESHOLD
-    h = meta.gate(meta.norm(e))[1]
+    h = meta.history(meta.norm(e))[0]
     ends = rl.next_opening(starts, batch.length)
     for i in range(3):
         for t in (0, 3):
@@ -1925,10 +1899,10 @@ def test_compile_has_few_relaxed_switches_with_a_prior(base, batch):
 def test_a_summary_a_step_reads_what_is_to_come(base, batch):
     torch.manual_seed(0)
     meta, e = rl.Metacontroller(replace(CONFIG, per_step=True)), base.embed(batch.observation).detach()
-    seen = meta.evidence(e, torch.zeros(*e.shape[:2], rl.N_H), None, batch.length)
+    seen = meta.evidence(e, None, batch.length)
     for i in range(4):
         length = int(batch.length[i])
-        assert (seen[i, :, :rl.N_H] == 0).all()
+        assert torch.equal(seen[i, :, :rl.N_H], meta.history(e)[0][i])
         for t in (0, 2, length):
             s = meta.summary(e[i:i + 1, t:length + 1].flip(1))[1][0, 0]
             assert torch.allclose(seen[i, t, rl.N_H:], s, atol=1e-5)
