@@ -427,13 +427,13 @@ SETTINGS = {  # of this world alone: name → (default, help, lowest, highest va
 }
 ANT = dict(size=4, max_steps=500, noise=0.1, tolerance=3, post_task="0-1-2-3")
 # differs from the paper: control of rank 64 (a full matrix), after block 1 of 4 (the middle one: labels .52, not .71).
-QUICK = dict(ANT, next_obs=10.0, pretrain_steps=16_000, steer_steps=2400, centred=True, read_embedding=False, gate_steps=2400,
-             turn_steps=0, code_steps=3200, rl_episodes=25_600, rl_batch=512, rl_lr=1e-3)
+QUICK = dict(ANT, next_obs=10.0, pretrain_steps=16_000, steer_steps=2400, read_embedding=False, gate_steps=2400,
+             code_steps=3200, rl_episodes=25_600, rl_batch=512, rl_lr=1e-3)
 PRESETS = {
     "quick": QUICK,
     "tiny": {**QUICK, **gridworld.PRESETS["tiny"], **dict(
         trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,
-        gate_steps=16, turn_steps=0, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
+        gate_steps=16, code_steps=8, discover_batch=8, rl_episodes=64, rl_batch=32, evaluation=32)},
     # Tables A2, A5, A8, A10, A14, A15; ours: the number of trajectories, and A10's batch of 128 for A8, too.
     "paper": dict(
         ANT, next_obs=10.0, thin=1.0, bursts=0.0, view="absolute", trajectories=104_000, width=256,

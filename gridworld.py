@@ -346,11 +346,11 @@ PRESETS = {
     "quick": {},  # the defaults in internal_rl.py
     "tiny": dict(
         width=32, heads=2, rank=16, pretrain_steps=160, pretrain_batch=32, probe_steps=32, steer_steps=48,
-        gate_steps=64, turn_steps=24, code_steps=48, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
+        gate_steps=64, code_steps=48, discover_batch=32, rl_episodes=1024, rl_batch=256, evaluation=128),
     # The paper's kind of subgoal, a pair of colours, on a smaller grid; eight visits.
     "pairs": dict(
-        size=6, colours=8, subgoals="pairs", max_steps=100, post_task="0-1-2-3-4-5-6-7", rate=0.46, gate_steps=4000,
-        turn_steps=4000, code_steps=4000, rl_episodes=100_000),
+        size=6, colours=8, subgoals="pairs", max_steps=100, post_task="0-1-2-3-4-5-6-7", rate=0.46,
+        rl_episodes=100_000),
     # The paper's sizes and schedules (Tables A1, A4, A6, A7, A9, A13, A16).
     "paper": dict(
         size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", post_task="0-1-2-3-4-5-6-7-0-1-2-3",

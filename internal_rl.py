@@ -9,7 +9,7 @@ Contents
     1  pretrain        a causal model learns to predict the actions of an expert that pursues hidden subgoals
     2  probe           a linear read-out finds the hidden subgoal in its residual stream
     3  steer           one linear map per subgoal, added there, makes the frozen model pursue that subgoal
-    4  discover        without labels, a metacontroller learns in turns when to switch such maps and to what
+    4  discover        without labels, a metacontroller learns when to switch such maps, then to what
     5  internal RL     a small policy learns from one reward per episode which codes to emit
        the baseline    token-level RL on the same model: PPO on its own actions, as many episodes
     ── nothing below is needed to understand the method ──
@@ -117,17 +117,15 @@ class Settings:
     steer_steps: int = setting(1000, "steer", "labelled controllers: training steps", 1, 10 ** 8)
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
-    gate_steps: int = setting(1600, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    turn_steps: int = setting(1300, "turns", "steps to learn what and when, in turns; 0: none", 0, 10 ** 8)
-    code_steps: int = setting(2600, "turns", "steps to learn what to send; 0: no turns either", 0, 10 ** 8)
+    gate_steps: int = setting(2400, "gates", "steps to learn when to switch", 1, 10 ** 8)
+    code_steps: int = setting(3200, "codes", "steps to learn what to send; 0: as learned with the gates", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
     rate: float = setting(1.2, "gates", "α holds the KL at so many nats a cell of the way; 0: α stays", 0, 1000)
     n_z: int = setting(4, "gates", "dimensions of a code z", 1, 1000)  # differs from the paper: 8
     code_std: float = setting(0.4, "gates", "σ of codes; 0: the paper's codes and gates (σ learned)", 0, 0.99)
-    centred: bool = setting(False, "gates", "codes of one length: mean 0 and spread 1 in a batch first")
-    mirror: bool = setting(True, "turns", "after gates, decode codes in a mirror image of the world")
+    mirror: bool = setting(True, "codes", "codes are decoded in a mirror image of the world")
     read_embedding: bool = setting(True, "gates", "the metacontroller reads e_{t,0} instead of e_{t,l}")
     rl_episodes: int = setting(150_000, "rl raw", "episodes for internal RL, and the baseline", 1, 10 ** 10)
     rl_batch: int = setting(1024, "rl raw", "episodes an update", 4, 10 ** 6)
@@ -571,7 +569,8 @@ class Gate(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.forced, self.switch = float(config.method == "forced"), perceptron(2 * config.width, 1)
+        self.forced = float(config.method == "forced")
+        self.switch = perceptron(2 * config.width, 1)
         # differs from the paper: gates start almost shut, which favours codes worth holding.
         nn.init.constant_(self.switch[-1].bias, -2)
 
@@ -592,15 +591,14 @@ class Metacontroller(nn.Module):
         self.config, width = config, config.width
         self.norm = nn.LayerNorm(width)  # differs from the paper: all but `hyper` reads a normalised e.
         self.gate, self.hyper = Gate(config), Hypernetwork(config)
-        # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.history = nn.GRU(width, N_H, batch_first=True)  # Eq. 12
+        # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
         self.summary = nn.GRU(width, N_S, batch_first=True)  # Eq. 13
         # differs from the paper: the first encoder reads e_t only through h_t.
         self.encoder = perceptron(N_H + N_S, config.n_z if config.code_std > 0 else 2 * config.n_z)
         with torch.no_grad():
             self.encoder[-1].bias[config.n_z:] = -1  # initial ln σ
             self.summary.bias_ih_l0[N_S:2 * N_S] += 2  # differs from the paper: a long memory from the start.
-        self.earlier = None  # a Gate that says where segments end, see `learn_codes`
         self.register_buffer("alpha", torch.tensor(config.alpha))
 
     def forget_codes(self):
@@ -627,12 +625,10 @@ class Metacontroller(nn.Module):
         """e [B, T+1, C], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         mu, std = self.encoder(self.evidence(e, starts, length)), self.config.code_std
         if std > 0:
-            # differs from the paper: on the ant μ has mean 0 and spread 1 in a batch. A new encoder's codes
-            # all point one way. Without this they spread as well, but gates come out worse.
-            if self.config.centred:
-                mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
-            # differs from the paper: all codes have one length and one σ, and look like draws from the prior.
-            # So all cost the same, and what is worth its price is worth holding.
+            # differs from the paper: μ has mean 0 and spread 1 in a batch, because a new encoder's codes all point
+            # one way; then all codes have one length and one σ, and look like draws from the prior. So all cost
+            # the same, and what is worth its price is worth holding.
+            mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
             mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - std ** 2))
             return mu, torch.full_like(mu, math.log(std))
         mu, log_sigma = mu.chunk(2, -1)  # Eq. 15
@@ -656,8 +652,7 @@ class Metacontroller(nn.Module):
         e = self.norm(e)
         beta = self.gate(e)
         is_open, gates = self.draw_gates(beta, generator)
-        starts = is_open if self.earlier is None else self.earlier(e) > THRESHOLD
-        mu, log_sigma = self.encode(e, starts, length)
+        mu, log_sigma = self.encode(e, is_open, length)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         proposal = mu + log_sigma.exp() * noise  # Eq. 14
         return integrate(gates, proposal), beta, gates, mu, log_sigma
@@ -717,44 +712,31 @@ def learn_gates(run, base, meta, count):
     meta.requires_grad_(False).eval()
 
 
-def learn_codes(run, base, meta, stage, count):
-    """What to send: encoder and f_hyp are new, both times with the same first values. In "turns" they learn
-    for one quarter, for two together with the gate, and for one the gate alone; in "codes" it stays."""
-    config, generator = run.config, run.generator(stage)
+def learn_codes(run, base, meta):
+    """What to send: encoder and f_hyp start anew, the gate rests."""
+    config, generator = run.config, run.generator("codes")
     torch.manual_seed(config.seed)
     meta.forget_codes()
-    meta.hyper.bias = config.bias and stage == "codes"
-    # differs from the paper: segments end where an earlier gate opened. If they followed the gate that
-    # learns, a shut one and an open one would carry the same code, and opening would gain nothing.
-    meta.earlier = copy.deepcopy(meta.gate) if stage == "turns" else None
+    meta.hyper.bias = config.bias
     optimizer = torch.optim.AdamW(meta.to(run.device).parameters(), weight_decay=config.control_decay)
     data = ExpertData(run, config.discover_batch, 0.0, generator)
-    for step in run.steps(stage, count, generator, optimizer, reports=3, meta=meta):
-        when = stage == "turns" and step.progress >= 0.25
-        what = stage == "codes" or step.progress < 0.75
-        meta.train(when).gate.requires_grad_(when)  # gates are drawn only while they learn
-        meta.encoder.requires_grad_(what)
-        meta.hyper.requires_grad_(what)
-        if stage == "turns" and step.number % max(1, count // 8) == 0:
-            meta.earlier.load_state_dict(meta.gate.state_dict())
+    for step in run.steps("codes", config.code_steps, generator, optimizer, reports=3, meta=meta):
         batch = data.batch(1)
-        loss, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
-        loss = loss if when and what else nll  # codes alone: KL is constant; gate alone: a leg has one code
-        descend(loss, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
+        _, nll, kl, beta = discovery_loss(config, base, meta, batch, own(generator), config.mirror)
+        descend(nll, optimizer, learning_rate(config, config.discover_lr, step.number, step.count),
                 batch.valid.sum())
-        step.log(loss=loss, nll=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
+        step.log(loss=nll, kl=kl, beta=beta[:, 1:-1][batch.valid[:, 1:]].mean())
         if step.due:
             step.log(**inspect_codes(run, base, meta)[0])
-    meta.earlier = None
-    meta.requires_grad_(False).eval()
+    meta.requires_grad_(False)
 
 
 def discover(run, base, kind=Metacontroller, more_steps=0):
-    """Stage 4: roughly when to switch; what to send and when, in turns; what (Fig. 5, 6). → metacontroller
+    """Stage 4: when to switch, then what to send (Fig. 5, 6). Returns the metacontroller.
     (`kind`, `more_steps` of the first part, and a base model that learns, too: for rivals only.)"""
     # differs from the paper, which learns both at once. There "two up, one left" is as good a code as "to the
-    # red one", and comes first; gates come out nearly right all the same. By these gates codes learn from an
-    # input and in a world (see `encode`, `discovery_loss`) where only goals help. Goals make the gates exact.
+    # red one", and comes first; gates come out right all the same. By these gates codes learn anew, from an
+    # input and in a world (see `evidence`, `discovery_loss`) where only goals help.
     config = run.config
     torch.manual_seed(config.seed)
     meta = kind(config).to(run.device)
@@ -762,9 +744,7 @@ def discover(run, base, kind=Metacontroller, more_steps=0):
     learn_gates(run, base, meta, config.gate_steps + more_steps)
     base.requires_grad_(False).eval()
     if config.code_steps > 0:
-        if config.turn_steps > 0:  # the ant's first gates are good enough without
-            learn_codes(run, base, meta, "turns", config.turn_steps)
-        learn_codes(run, base, meta, "codes", config.code_steps)
+        learn_codes(run, base, meta)
     return meta
 
 # ============================================================================== Chapter 5 · internal RL
@@ -1004,8 +984,8 @@ def deal_seeds(seeds, arguments, together):
 
 STAGES = {  # name → all the stages that it builds on, or shares settings with
     "pretrain": [], "probe": ["pretrain"], "steer": ["pretrain"],
-    "gates": ["pretrain"], "turns": ["pretrain", "gates"], "codes": ["pretrain", "gates", "turns"],
-    "rl": ["pretrain", "gates", "turns", "codes"], "raw": ["pretrain"]}
+    "gates": ["pretrain"], "codes": ["pretrain", "gates"],
+    "rl": ["pretrain", "gates", "codes"], "raw": ["pretrain"]}
 EVALUATION_SEEDS = {name: seed for seed, name in enumerate((  # training's seeds are 10,000 and above
     "held-out trajectories", "layouts", "actions", "proposals", "codes", "find layouts", "score layouts",
     "bar codes", "bar plays", "film layouts", "film plays", "gate trajectories", "gate proposals", "search",
@@ -1518,9 +1498,9 @@ def bench(run):
 # ========================================================================================= Comparisons
 # --figure NAME. Rivals (Fig. 8, C.4-5): raw: PPO on moves. forced: a code every step. cotrain: base model and
 # metacontroller from scratch, together. compile: CompILE. With code_steps 0 gates and codes are learned at
-# once, as in the paper; else our turns follow. baselines (Fig. 8), controls: success over episodes; rate
+# once, as in the paper; else codes are learned anew. baselines (Fig. 8), controls: success over episodes; rate
 # (Fig. 7): KL over NLL; depth, pretraining (Fig. 3, 4, A1, A2): labelled controllers; discovery: parts left
-# out, rivals with our turns; variance (E.2): the first policy gradient, where base models know the way.
+# out, rivals with codes learned anew; variance (E.2): the first policy gradient, where base models know the way.
 
 MOST, SEGMENT = 4, 4  # CompILE: segments of a trajectory at most; their mean length in its prior
 
@@ -1677,7 +1657,7 @@ def grid(**settings):
     return [dict(zip(settings, values)) for values in itertools.product(*settings.values())]
 
 
-AT_ONCE = dict(gate_steps=[5500], code_steps=[0])  # gates and codes at once, as many steps as all our parts
+AT_ONCE = dict(gate_steps=[5600], code_steps=[0])  # gates and codes at once, in as many steps as ours
 FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to draw or which numbers
     "baselines": ("Internal RL and its rivals, as many episodes each", "discover rl",
         [{}, *grid(method=["internal", "forced"], **AT_ONCE), *grid(method=["cotrain"], code_steps=[0]),
@@ -1695,22 +1675,22 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
     "pretraining": ("Which base model can be steered", "steer discover",
         [{}, *grid(pretrain_steps=[2400, 19200]), *grid(weight_decay=[0.0, 0.3]), *grid(next_obs=[0.0, 0.1]),
          *grid(noise=[0.1, 0.2])], ("gap", "steer_success", "labels_withheld", "withheld")),
-    "discovery": ("What each choice in discovery buys, and our turns for rivals", "discover rl",
+    "discovery": ("What each choice in discovery buys, and rivals with codes learned anew", "discover rl",
         [{}, *grid(**AT_ONCE), dict(mirror=False), dict(read_embedding=False), dict(per_step=True),
-         dict(rate=0.0, alpha=0.06), dict(method="cotrain", turn_steps=1),
+         dict(rate=0.0, alpha=0.06), dict(method="cotrain"),
          dict(method="compile", rate=0.0, alpha=0.03)],
         ("gate_precision", "gate_recall", "withheld", "product", "internal_success")),
     "variance": ("On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
         [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
 MINUTES = dict(  # of a stage of the quick preset, one thread of a slow Xeon; raw: ten times that if rewarded
-    pretrain=9, probe=0.5, steer=1, gates=2.5, turns=2, codes=3.5, rl=3.5, raw=2)
+    pretrain=9, probe=0.5, steer=1, gates=3.5, codes=4, rl=3.5, raw=2)
 
 
 def stages_of(config, parts):
     """The stages that these parts need, in their order."""
     if config.method == "raw":
         return ["pretrain"] if parts == "noise" else ["pretrain", "raw"]
-    discovery = "gates" + (" turns" * (config.turn_steps > 0) + " codes") * (config.code_steps > 0)
+    discovery = "gates" + " codes" * (config.code_steps > 0)
     return ["pretrain", *re.sub("discover|noise", discovery, parts).split()]
 
 

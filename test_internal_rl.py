@@ -541,17 +541,16 @@ def test_a_code_is_inferred_from_the_end_of_its_segment_and_nothing_else(base, m
 
 
 def test_centred_codes_point_everywhere(base, meta, batch):
-    """A new encoder's codes all point one way; centred, each batch has mean 0 and spread 1 before codes get their length."""
+    """A new encoder's codes all point one way; so each batch has mean 0 and spread 1 before codes get their length."""
     meta.forget_codes()
     e = base.embed(batch.observation).detach()
     starts = torch.rand(e.shape[:2], generator=generator()) < 0.3
-    plain, _ = meta.encode(meta.norm(e), starts, batch.length)
-    meta.config = replace(CONFIG, centred=True)
     centred, _ = meta.encode(meta.norm(e), starts, batch.length)
+    length = math.sqrt(CONFIG.n_z * (1 - CONFIG.code_std ** 2))
     raw = meta.encoder(meta.evidence(meta.norm(e), starts, batch.length))
+    plain = length * F.normalize(raw, dim=-1)
     raw = raw - raw.mean((0, 1))
     raw = raw / (raw.square().mean((0, 1)) + 1e-5).sqrt()
-    length = math.sqrt(CONFIG.n_z * (1 - CONFIG.code_std ** 2))
     assert torch.allclose(centred, length * raw / raw.norm(dim=-1, keepdim=True), atol=1e-4)
     one_way = lambda mu: mu.mean((0, 1)).norm() / length
     assert one_way(plain) > 0.5 and one_way(centred) < 0.2
@@ -678,9 +677,9 @@ def test_the_rate_counts_cells_and_not_steps(tmp_path, monkeypatch):
     assert pace == 0.125
 
 
-def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
-    """Which parts change at which step: all; then codes, both, the gate; then codes, new ones that start as the first did."""
-    config = replace(CONFIG, gate_steps=16, turn_steps=64, code_steps=128, discover_batch=8)
+def test_gates_are_learned_first_and_codes_anew(base, tmp_path, monkeypatch):
+    """All parts learn while gates are learned; then encoder and f_hyp alone, from the first values of a new pair."""
+    config = replace(CONFIG, gate_steps=16, code_steps=128, discover_batch=8)
     stages, moments, loss = [], collections.defaultdict(list), rl.discovery_loss
     monkeypatch.setattr(rl, "inspect_gates", lambda *_: {})
     monkeypatch.setattr(rl, "inspect_codes", lambda *_: ({}, None))
@@ -693,40 +692,28 @@ def test_gates_and_codes_learn_in_turns(base, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "discovery_loss", spy)
     run = rl.Run(config, tmp_path, torch.device("cpu"))
     meta = rl.discover(run, base.requires_grad_(False))
-    assert meta.earlier is None and meta.summary is None and not meta.training and not any(p.requires_grad for p in meta.parameters())
-    assert {stage: len(steps) for stage, steps in moments.items()} == dict(gates=16, turns=64, codes=128)
+    assert meta.summary is None and not meta.training and not any(p.requires_grad for p in meta.parameters())
+    assert {stage: len(steps) for stage, steps in moments.items()} == dict(gates=16, codes=128)
     for stage, steps in moments.items():
-        for n, ((mirror, drawn, before), (_, _, after)) in enumerate(zip(steps, steps[1:])):
+        for (mirror, drawn, before), (_, _, after) in zip(steps, steps[1:]):
             changed = {name.partition(".")[0] for name in after if not torch.equal(before[name], after[name])}
-            first = stage == "turns" and n < 16
-            last = stage == "turns" and n >= 48
-            assert mirror == (stage != "gates") and drawn == (stage == "gates" or stage == "turns" and not first)
-            if stage == "gates":
-                assert changed == {"norm", "gate", "hyper", "history", "summary", "encoder", "alpha"}
-            else:
-                assert changed - {"earlier"} == ({"encoder", "hyper"} if first or stage == "codes" else {"gate"} if last else {"encoder", "hyper", "gate"})
-                same = [torch.equal(after[f"gate.{name[8:]}"], value) for name, value in after.items() if name.startswith("earlier.")]
-                assert bool(same) == (stage == "turns") and all(same) == (stage == "codes" or n < 16 or (n + 1) % 8 == 0)
-    gates, turns, codes = moments["gates"][-1][2], moments["turns"][0][2], moments["codes"][0][2]
-    assert all(torch.equal(value, codes[name]) for name, value in turns.items() if name.startswith(("encoder.", "hyper.")))
+            assert mirror == (stage == "codes") and drawn == (stage == "gates")
+            assert changed == ({"norm", "gate", "hyper", "history", "summary", "encoder", "alpha"} if stage == "gates" else {"encoder", "hyper"})
+    gates, codes = moments["gates"][-1][2], moments["codes"][0][2]
+    assert not any(torch.equal(gates[name], codes[name]) for name in codes if name.startswith("hyper.") and name in gates and "weight" in name)
     paper = rl.Run(replace(config, code_steps=0), tmp_path / "paper", torch.device("cpu"))
     paper.folder.mkdir()
     at_once = rl.discover(paper, base)
-    assert at_once.summary is not None and len(stages) == 4
+    assert at_once.summary is not None and stages == ["gates", "codes", "gates"]
 
 
-def test_segments_may_end_where_an_earlier_gate_opened(base, meta, batch):
-    """What is proposed then does not depend on the gate that is being trained."""
-    meta.forget_codes()
-    e = base.embed(batch.observation).detach()
-    meta.earlier = copy.deepcopy(meta.gate)
-    meta.earlier.switch[-1].bias.data.fill_(0.5)
-    _, beta, gates, mu, _ = meta(e, batch.length, generator())
-    starts = meta.earlier(meta.norm(e)) > rl.THRESHOLD
-    assert torch.equal(mu, meta.encode(meta.norm(e), starts, batch.length)[0]) and not torch.equal(gates > 0.5, starts)
-    meta.gate.switch[-1].bias.data.fill_(-9)
-    _, beta_shut, _, mu_shut, _ = meta(e, batch.length, generator())
-    assert torch.equal(mu, mu_shut) and (beta_shut[:, 1:] < beta[:, 1:]).all()
+@pytest.mark.parametrize("above", [False, True])
+def test_gates_that_act_open_above_three_eighths(above, meta):
+    """Drawn in training, else by a threshold: also a little to either side of it."""
+    beta = torch.full((4, 9), 0.376 if above else 0.374)
+    is_open, gates = meta.eval().draw_gates(beta, generator())
+    assert (is_open == above).all() and torch.equal(gates > 0.5, is_open)
+    assert 0 < meta.train().draw_gates(beta, generator())[0].float().mean() < 1
 
 
 def test_kl_against_torch():
@@ -1395,7 +1382,7 @@ def refused(capsys, *arguments):
 
 
 SMALL = ("--preset", "tiny", "--device", "cpu", "--pretrain-steps", 32, "--steer-steps", 16, "--probe-steps", 16, "--gate-steps", 48,
-         "--turn-steps", 16, "--code-steps", 32, "--evaluation", 32)
+         "--code-steps", 32, "--evaluation", 32)
 
 
 @pytest.fixture(scope="module")
@@ -1411,12 +1398,12 @@ def test_tiny_run_end_to_end(finished, tmp_path, capsys):
     assert "token-level" in done.stdout
     shutil.copytree(folder, tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "turns.pt", "codes.pt", "rl.pt", "raw.pt",
+    assert names >= {"config.json", "metrics.jsonl", "result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt",
                      "gates.png", "probe.png", "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all({"stage", "step", "time_s"} <= set(line) for line in lines)
     assert {line["method"] for line in lines if "episodes" in line and "success" in line} == {"internal", "raw"}
-    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, gates=48, turns=16, codes=32, rl=4, raw=4)
+    assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, gates=48, codes=32, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     rl.main([*map(str, SMALL), "--out", str(tmp_path / "run")])
     assert capsys.readouterr().out.count("reused") == len(rl.STAGES) == 8
@@ -1452,7 +1439,6 @@ def test_tiny_ant_run_end_to_end(tmp_path, capsys):
     names = {file.name for file in (tmp_path / "run").iterdir()}
     assert names >= {"result.json", "pretrain.pt", "probe.pt", "steer.pt", "gates.pt", "codes.pt", "rl.pt", "raw.pt", "gates.png", "probe.png",
                      "success.png", "matrix.png", "codes.png", "episode.png", "episode.gif"}
-    assert "turns.pt" not in names
     assert json.loads((tmp_path / "run/result.json").read_text()).keys() >= {"expert_success", "steer_success", "held_share", "internal_success", "raw_success"}
     (tmp_path / "run/probe.pt").unlink()
     assert "trajectories=64, not 32" in refused(capsys, *arguments, "--trajectories", 32)
@@ -1483,7 +1469,7 @@ def test_shipped_base_model_fits_its_command(name, arguments, others, most, tmp_
 def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
     """Every stage, stopped after each round and taken up again, ends bit for bit where an uninterrupted run does."""
     monkeypatch.setitem(gridworld.LOOK, "trajectories", 64)
-    config = rl.configure("gridworld", "tiny", pretrain_steps=48, gate_steps=48, turn_steps=32, code_steps=64, rl_episodes=768, probe_steps=32, steer_steps=32,
+    config = rl.configure("gridworld", "tiny", pretrain_steps=48, gate_steps=48, code_steps=64, rl_episodes=768, probe_steps=32, steer_steps=32,
                           evaluation=32)
 
     def everything(run):
@@ -1567,7 +1553,7 @@ torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double  # losses are computed in float32, else
 if rl.WORLD_SIZE > 1:
     torch.distributed.init_process_group("gloo")
-run = rl.Run(rl.configure("gridworld", "tiny", bf16=False, pretrain_steps=50, post_task="0", gate_steps=32, turn_steps=16, code_steps=16), sys.argv[1], torch.device("cpu"))
+run = rl.Run(rl.configure("gridworld", "tiny", bf16=False, pretrain_steps=50, post_task="0", gate_steps=32, code_steps=16), sys.argv[1], torch.device("cpu"))
 run.stop = 15 if sys.argv[2:] and rl.RANK == 1 else None  # a signal that only one process gets
 base, _ = rl.pretrain(run)
 rl.train_probe(run, base)
@@ -1743,15 +1729,15 @@ def test_variations_share_the_stages_that_they_do_not_touch(tmp_path):
     assert path("pretrain", rate=0.6, raw_lr=0.1) == "pretrain.pt" and path("gates", rate=0.6, raw_lr=0.1) == "rate=0.6/gates.pt"
     assert path("raw", rate=0.6, raw_lr=0.1) == "raw_lr=0.1/raw.pt" and path("rl", rate=1.2, mirror=False) == "mirror=False/rl.pt"
     assert path("steer", pretrain_steps=5) == "pretrain_steps=5/steer.pt" and path("codes", bias=True) == "bias=True/codes.pt"
-    assert path("turns", bias=True) == "turns.pt" == path("turns", evaluation=9) and path("gates", method="raw") != path("gates")
+    assert path("gates", bias=True) == "gates.pt" == path("gates", evaluation=9) and path("gates", method="raw") != path("gates")
     assert run.vary(rate=1.2) is run and path("rl", rate=0.6, mirror=False) == path("rl", mirror=False, rate=0.6)
     for _, parts, variations, _ in rl.FIGURES.values():
         varied = [run.vary(**changes) for changes in variations]
         assert len({tuple(own.path(stage) for stage in rl.stages_of(own.config, parts)) for own in varied}) == len(varied)
         for own in varied:
             rl.check(own.config)
-    for changes, parts, stages in (({}, "discover rl", "pretrain gates turns codes rl"), (dict(method="raw"), "discover rl", "pretrain raw"),
-                                   (dict(code_steps=0), "noise", "pretrain gates"), (dict(turn_steps=0), "discover", "pretrain gates codes"), ({}, "probe steer", "pretrain probe steer")):
+    for changes, parts, stages in (({}, "discover rl", "pretrain gates codes rl"), (dict(method="raw"), "discover rl", "pretrain raw"),
+                                   (dict(code_steps=0), "noise", "pretrain gates"), (dict(mirror=False), "discover", "pretrain gates codes"), ({}, "probe steer", "pretrain probe steer")):
         assert rl.stages_of(replace(CONFIG, **changes), parts) == stages.split()
 
 
@@ -1767,8 +1753,8 @@ def test_figure_command(finished, tmp_path, monkeypatch, capsys):
         rl.main([*map(str, SMALL), "--figure", name, "--out", str(tmp_path / "run")])
         assert (tmp_path / f"run-{name}.png").stat().st_size > 5000
         printed[name] = capsys.readouterr().out
-    discovery = [rl.MINUTES[stage] * steps / usual for stage, steps, usual in (("gates", 48, 1600), ("turns", 16, 1300), ("codes", 32, 2600))]
-    cotrain, reinforce = 2.5 * 80 / 1600, rl.MINUTES["rl"] * 1024 / 150_000
+    discovery = [rl.MINUTES[stage] * steps / usual for stage, steps, usual in (("gates", 48, 2400), ("codes", 32, 3200))]
+    cotrain, reinforce = 1.5 * rl.MINUTES["gates"] * 80 / 2400, rl.MINUTES["rl"] * 1024 / 150_000
     expected = sum(discovery) + discovery[0] + cotrain + 3 * reinforce + rl.MINUTES["raw"] * 1024 / 150_000
     assert f"6 variations of 1 seeds, about {expected:.0f} minutes" in printed["baselines"] and "about 0 minutes" in printed["rate"]
     assert "gates 48/48" in printed["baselines"] and "/48" not in printed["rate"]
@@ -1816,7 +1802,7 @@ def test_tokens_alone(finished, tmp_path, capsys, monkeypatch):
     heads = []
     monkeypatch.setattr(rl, "solved", lambda run, model, solved=rl.solved: heads.append(next(model.head.action.parameters()).clone()) or solved(run, model))
     shutil.copytree(finished[1], tmp_path / "run")
-    for stage in ("gates", "turns", "codes", "rl"):
+    for stage in ("gates", "codes", "rl"):
         (tmp_path / f"run/{stage}.pt").unlink()
     rl.main([*map(str, SMALL), "--method", "raw", "--out", str(tmp_path / "run")])
     assert "gates" not in capsys.readouterr().out and not (tmp_path / "run/gates.pt").exists()
