@@ -628,7 +628,9 @@ class Metacontroller(nn.Module):
             # differs from the paper: μ has mean 0 and spread 1 in a batch, because a new encoder's codes all point
             # one way; then all codes have one length and one σ, and look like draws from the prior. So all cost
             # the same, and what is worth its price is worth holding.
-            mu = F.batch_norm(mu.flatten(0, 1), None, None, training=True).view_as(mu)
+            inside = torch.arange(e.shape[1], device=e.device) <= length[:, None]  # not padding
+            variance, mean = torch.var_mean(mu[inside], 0, correction=0)
+            mu = (mu - mean) / (variance + 1e-5).sqrt()
             mu = F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - std ** 2))
             return mu, torch.full_like(mu, math.log(std))
         mu, log_sigma = mu.chunk(2, -1)  # Eq. 15
