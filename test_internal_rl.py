@@ -1407,7 +1407,7 @@ def test_tiny_run_end_to_end(finished, tmp_path, capsys):
     assert {line["stage"]: line["step"] for line in lines} == dict(pretrain=32, probe=16, steer=16, gates=48, codes=32, rl=4, raw=4)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in names if name.endswith(".pt")}
     rl.main([*map(str, SMALL), "--out", str(tmp_path / "run")])
-    assert capsys.readouterr().out.count("reused") == len(rl.STAGES) == 8
+    assert capsys.readouterr().out.count("reused") == len(rl.STAGES) == 7
     assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
     assert "width=32" in refused(capsys, *SMALL, "--width", 64, "--out", tmp_path / "run")
     assert "rl_lr" in refused(capsys, *SMALL, "--rl-lr", 0.5, "--stage", "steer", "--out", tmp_path / "run")
@@ -1421,7 +1421,7 @@ def test_settings_that_only_measure_change_no_checkpoint(finished, tmp_path, cap
     shutil.copytree(folder, tmp_path / "run")
     kept = [file for file in (tmp_path / "run").iterdir() if file.suffix in (".pt", ".jsonl")]
     before = {file: file.read_bytes() for file in kept}
-    assert len(kept) == len(rl.STAGES) + 1 == 9
+    assert len(kept) == len(rl.STAGES) + 1 == 8
     rl.main([*map(str, SMALL), "--tolerance", "2", "--evaluation", "40", "--out", str(tmp_path / "run")])
     assert all(file.read_bytes() == content for file, content in before.items())
     again = capsys.readouterr().out
