@@ -1494,7 +1494,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path, monkeypatch):
         except SystemExit as stopped:
             assert stopped.code == 130
             stops += 1
-    assert stops == 22 and found == expected  # one after each round
+    assert stops == 20 and found == expected  # one after each round
     for stage in rl.STAGES:
         a, b = whole.load(stage), parts.load(stage)
         assert a.keys() == b.keys() and a["steps"] == b["steps"]
@@ -1869,10 +1869,11 @@ def test_compile_has_few_relaxed_switches_with_a_prior(base, batch):
     starts = gates > rl.THRESHOLD
     h = meta.history(meta.norm(e))[0]
     ends = rl.next_opening(starts, batch.length)
-    for i in range(3):
-        for t in (0, 3):
-            seen = torch.cat([h[i, t], h[i, ends[i, t]]])
-            assert torch.allclose(mu[i, t], meta.encoder(seen) / meta.encoder(seen).norm() * (4 * 0.84) ** 0.5, atol=1e-4)
+    steps = [(i, t) for i, length in enumerate(batch.length.tolist()) for t in range(length + 1)]
+    raw = torch.stack([meta.encoder(torch.cat([h[i, t], h[i, ends[i, t]]])) for i, t in steps])
+    raw = (raw - raw.mean(0)) / (raw.var(0, correction=0) + 1e-5).sqrt()
+    for (i, t), code in zip(steps, raw):
+        assert torch.allclose(mu[i, t], code / code.norm() * (4 * 0.84) ** 0.5, atol=1e-3)
     plain = rl.Metacontroller(CONFIG)
     for rival in (meta, plain):  # with new codes it is one of ours
         rival.eval().forget_codes()
