@@ -118,7 +118,7 @@ class Settings:
     steer_lr: float = setting(3e-2, "steer", "labelled controllers: learning rate", 1e-12, 1e6)
     post_task: str = setting("0-1-2-3-0", "rl raw", "post-training task, of withheld transitions only")
     gate_steps: int = setting(2400, "gates", "steps to learn when to switch", 1, 10 ** 8)
-    code_steps: int = setting(3200, "codes", "steps to learn what to send; 0: as learned with the gates", 0, 10 ** 8)
+    code_steps: int = setting(3200, "codes", "steps to learn what to send; 0: codes of gates stay", 0, 10 ** 8)
     discover_batch: int = setting(64, "probe steer gates", "stages 2-4: trajectories", 1, 10 ** 5)
     discover_lr: float = setting(3e-3, "gates", "metacontroller: learning rate", 1e-12, 1e6)
     alpha: float = setting(0.01, "gates", "α, weight of the KL; with a rate: at first", 0, 1000)
@@ -625,9 +625,9 @@ class Metacontroller(nn.Module):
         """e [B, T+1, C], segments' starts [B, T+1], length [B] → μ, ln σ [B, T+1, Z]"""
         mu, std = self.encoder(self.evidence(e, starts, length)), self.config.code_std
         if std > 0:
-            # differs from the paper: μ has mean 0 and spread 1 in a batch, because a new encoder's codes all point
-            # one way; then all codes have one length and one σ, and look like draws from the prior. So all cost
-            # the same, and what is worth its price is worth holding.
+            # differs from the paper: in a batch (of each process) μ has mean 0 and spread 1, because a new
+            # encoder's codes all point one way. Then all codes get one length and one σ, and look like draws
+            # from the prior. So all cost the same, and what is worth its price is worth holding.
             inside = torch.arange(e.shape[1], device=e.device) <= length[:, None]  # not padding
             variance, mean = torch.var_mean(mu[inside], 0, correction=0)
             mu = (mu - mean) / (variance + 1e-5).sqrt()
@@ -692,7 +692,7 @@ def hold_rate(alpha, kl, rate, pace):
 
 
 def learn_gates(run, base, meta, count):
-    """When to switch, roughly: all of the metacontroller learns (and a base model in training mode, see
+    """When to switch: all of the metacontroller learns (and a base model in training mode, see
     `discover_by`); codes mean directions as yet."""
     config, generator = run.config, run.generator("gates")
     learners = nn.ModuleDict({"meta": meta.train()} | ({"base": base} if base.training else {}))
@@ -1685,7 +1685,7 @@ FIGURES = {  # name: what to see, parts of `run_stages`, varied settings, how to
     "variance": ("On known transitions: how much the gradient varies, and how many episodes it needs", "noise",
         [{}, *grid(method=["forced", "raw"])], ("noise", "episodes_needed"))}
 MINUTES = dict(  # of a stage of the quick preset, one thread of a slow Xeon; raw: ten times that if rewarded
-    pretrain=9, probe=0.5, steer=1, gates=3.5, codes=4, rl=3.5, raw=2)
+    pretrain=9, probe=0.5, steer=1, gates=3.75, codes=4.3, rl=3.5, raw=2)
 
 
 def stages_of(config, parts):
