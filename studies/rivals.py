@@ -1,0 +1,140 @@
+"""The rivals of Fig. 8 (App. C.4): how far do other ways to learn codes get in as many episodes?
+
+    python -m studies.rivals --base runs/gridworld-quick-s0 [--only forced,compile] [--alpha 0.03]
+
+The base is a finished run; it gives the base model and two curves, ours and RL on tokens. Without it one is
+trained first. Settings of internal_rl.py may follow, those of the base (--preset tiny: all in a minute).
+    forced   a new code at every step, in discovery and in RL (C.4.1)
+    cotrain  our metacontroller, but the base model learns along with it, from random weights (C.4.2)
+    compile  CompILE: soft segments, with a prior on their length; the base model learns, too (C.4.3)
+All learn gates and codes at once, for a constant price α, in as many steps as our two parts have together.
+Nothing is tuned; the paper sweeps α. Hidden truth: SEGMENT is about as long as a leg. With the quick preset
+forced takes 12 minutes on one thread, cotrain 25 and compile 12.
+"""
+import argparse
+import functools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.distributions import Bernoulli, kl_divergence
+import internal_rl as rl
+
+MOST = 4  # CompILE: segments of a trajectory in training; in RL there is no limit, for its task is longer
+SEGMENT = 4  # CompILE: mean length in the prior. differs from the paper: 10, because our legs are short.
+
+class AlwaysOpen(rl.Gate):
+    """β = 1 at every step."""
+    def step(self, e, before):
+        return torch.ones_like(e[..., 0])
+
+class FreeCodes(rl.Metacontroller):
+    """Codes as in the paper: μ and σ are learned, so the KL limits how much a code says (Eq. 14, 15)."""
+    def open_gates(self, beta, rng):
+        """β [B, T+1] → open?, gates that gradients pass, and what switches cost, each [B, T+1]"""
+        return beta > rl.THRESHOLD, beta, 0
+
+    def forward(self, e, length, rng):
+        e = self.norm(e)
+        beta = self.gate(e)
+        opens, gates, price = self.open_gates(beta, rng)
+        mu, log_sigma = self.encoder(e, opens, length).chunk(2, -1)
+        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
+        kl = 0.5 * (mu ** 2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(-1)
+        self.cost = gates * kl + price  # of this batch, in nats [B, T+1]
+        return rl.integrate(gates, mu + log_sigma.exp() * noise), beta, gates, mu
+
+class CompILE(FreeCodes):
+    """Gates are relaxed by the Gumbel-softmax of two, at temperature ½."""
+    def open_gates(self, beta, rng):
+        noise = torch.rand(beta.shape, generator=rng, device=beta.device).logit(eps=1e-6)
+        logit = beta.logit(eps=1e-6) + noise * self.training
+        gates = (logit / 0.5).sigmoid()
+        left = (MOST - gates.cumsum(1) + gates).clamp(0, 1)
+        opens = (logit.sigmoid() > rl.THRESHOLD) & (left > 0)
+        return opens, gates * left, kl_divergence(Bernoulli(beta), Bernoulli(1 / SEGMENT))
+
+class SegmentEncoder(rl.TrajectoryEncoder):
+    """CompILE's encoder: a code from the states of a recurrent layer where its segment begins and ends."""
+    def forward(self, e, opens, length):
+        h, _ = self.history(e)  # [B, T+1, 32]
+        end = rl.next_opening(opens, length)[..., None].expand_as(h)
+        return self.mean(torch.cat([h, h.gather(1, end)], -1))
+
+RIVALS = {  # name: legend, gate, metacontroller, encoder, what it returns (2: μ and ln σ)
+    "forced": ("a new code at every step", AlwaysOpen, FreeCodes, rl.TrajectoryEncoder, 2),
+    "cotrain": ("co-training from random weights", rl.Gate, rl.Metacontroller, rl.TrajectoryEncoder, 1),
+    "compile": ("CompILE", rl.Gate, CompILE, SegmentEncoder, 2)}
+
+def discover(name, alpha, run, base):
+    """Gates and codes at once, and of two rivals the base model, which changes. → metacontroller"""
+    config = run.config
+    rng = run.begin("gates")
+    _, gate, kind, encoder, outputs = RIVALS[name]
+    encoder = encoder(replace(config, n_z=outputs * config.n_z))
+    norm = torch.nn.LayerNorm(config.width)
+    meta = kind(norm, gate(config), rl.Hypernetwork(config), encoder).to(run.device)
+    count = config.gate_steps + config.code_steps
+    if name == "cotrain":
+        count += config.pretrain_steps
+        base.load_state_dict(rl.Base(config).state_dict())
+    base.requires_grad_(name != "forced")
+    optimizer = torch.optim.AdamW([*meta.parameters(), *base.parameters()], weight_decay=rl.WEIGHT_DECAY)
+    data = rl.ExpertData(run, config.discover_batch, 0.0, rng)
+
+    for step in run.steps("gates", count, rng, optimizer, meta=meta, base=base):
+        batch = data.batch(step)
+        nll, kl = rl.discovery_loss(config, base, meta, batch, batch, rng)
+        if name != "cotrain":
+            kl = meta.cost[:, :-1][batch.valid].mean()
+        loss = nll + alpha * kl
+        rl.descend(loss, optimizer, rl.learning_rate(config.discover_lr, step))
+        step.log(loss=loss, nll=nll, kl=kl)
+    base.requires_grad_(False)
+    return meta.requires_grad_(False).eval()
+
+def curve(folder, stage):
+    """(thousand episodes, success) at each report of RL"""
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return [(line["episodes"] / 1000, line["success"]) for line in lines if line["stage"] == stage]
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser("studies.rivals", allow_abbrev=False)
+    parser.add_argument("--base", help="folder of a finished run")
+    parser.add_argument("--only", default="forced,cotrain,compile", help="these rivals")
+    parser.add_argument("--out", default="runs/rivals-s0", type=Path, help="folder of this study")
+    parser.add_argument("--alpha", type=float, default=0.03, help="price of codes")
+    study, settings = parser.parse_known_args(arguments)
+    finished = Path(study.base or study.out / "ours")
+    if not (finished / "result.json").exists():
+        rl.main([*settings, "--out", str(finished)])
+    result = json.loads((finished / "result.json").read_text())
+    rows = {"ours": (result["internal_success"], curve(finished, "rl")),
+            "RL on the model's own actions": (result["raw_success"], curve(finished, "raw"))}
+
+    for name in study.only.split(","):
+        folder = study.out / f"{name}-alpha{study.alpha:g}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(finished / "pretrain.pt", folder)
+        ways = dict(learn_gates=functools.partial(discover, name, study.alpha),
+                    learn_codes=lambda run, base, meta: meta)  # learned along with gates
+        with mock.patch.multiple(rl, **ways):  # in here the main script finds these in place of its own
+            result = rl.main([*settings, "--stage", "rl", "--out", str(folder)])
+        rows[RIVALS[name][0]] = (result["internal_success"], curve(folder, "rl"))
+
+    figure, axis = rl.new_figure(7, 4)
+    print(f"\n{'':32}{'final success':>14}{'thousand episodes to .5':>26}")
+    for name, (final, points) in rows.items():
+        half = next((f"{k:.0f}" for k, success in points if success >= 0.5), "never")
+        print(f"{name:32}{final:14.3f}{half:>26}")
+        axis.plot(*zip(*points), label=name)
+    axis.set(xlabel="thousand episodes", ylabel="success on the post-training task")
+    axis.legend()
+    figure.savefig(study.out / "rivals.png", dpi=110)
+    return rows
+
+if __name__ == "__main__":
+    main()
