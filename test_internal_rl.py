@@ -931,7 +931,7 @@ def test_two_processes_stay_in_step(tmp_path):
     """Their batches differ, their weights do not."""
     (tmp_path / "two.py").write_text(TWO)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    short = ["--stage=rl", "--pretrain-steps=16", "--gate-steps=16", "--code-steps=16", "--out", tmp_path / "run"]
+    short = ["--stage=rl", "--gate-steps=16", "--code-steps=16", "--out", tmp_path / "run"]
     subprocess.run([*launch, tmp_path / "two.py", *SMALL, *short], check=True, timeout=300,
                    env=dict(os.environ, PYTHONPATH=str(HERE)))
     for stage in ("pretrain", "gates", "codes", "rl"):

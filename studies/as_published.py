@@ -4,17 +4,15 @@
 
 Eq. 3 and App. D.2 as printed: a learned Σ, soft gates that blend codes, a KL of constant weight α at every
 step, encoder and gate with all their inputs, from the middle layer, rank 16, n_z = 8, no mirror; then gates
-that open where β > ½ in internal RL. All else is the main script's and takes half an hour on one core.
---preset paper adds sizes and schedules of Tables A1 to A16 and absolute inputs. NOBODY HAS EVER RUN THAT: it
-would take days on a large GPU. Ours stay GRUs for Hawk layers, initial weights, clipped gradients, β_1 = 1,
-internal RL. Training knows no hidden truth; the scores of gates and codes do. The picture is gates.png.
+that open where β > ½ in internal RL. All else is the main script's. --preset paper adds sizes and schedules
+of Tables A1 to A16 and absolute inputs. NOBODY HAS EVER RUN THAT: it would take days on a large GPU. Ours stay
+GRUs for Hawk layers, initial weights, clipped gradients, β_1 = 1, internal RL. Only scores know hidden truth.
 """
 import argparse
 from unittest import mock
 
 import torch
 import torch.nn as nn
-
 import gridworld
 import internal_rl as rl
 
@@ -93,8 +91,8 @@ def main(arguments=None):
     ours, rest = parser.parse_known_args(arguments)
     options, config = rl.parse_arguments(rest)
     folder = f"runs/as_published-{options.preset}-alpha{ours.alpha:g}-s{config.seed}"
-    changes = dict(learn_gates=lambda run, base: discover(run, base, ours.alpha), CodeActor=Actor,
-                   learn_codes=lambda run, base, meta: meta, THRESHOLD=0.5)
+    changes = dict(learn_gates=lambda run, base: discover(run, base, ours.alpha), THRESHOLD=0.5,
+                   learn_codes=lambda run, base, meta: meta, CodeActor=Actor)
     embedding = gridworld.Embedding
     if options.preset == "paper":
         changes["learning_rate"] = lambda peak, step: peak

@@ -2,7 +2,7 @@
 
     python -m studies.controls --base runs/gridworld-quick-s0 [--only gates,codes,tokens,bias]
 
-The base is a finished run, else one is trained first. Settings of internal_rl.py may follow, as of the base.
+The base is a finished run; settings of internal_rl.py may follow, those of the base.
     gates   open on every coloured cell, always open; and the expert and uniformly random moves as players
     codes   the run's policy, with other codes in place of those that it chooses
     tokens  RL on tokens from logits divided by a temperature (0: from random weights), then "cold": by 0.1
@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import internal_rl as rl
-from studies.rivals import curve
+from studies.rivals import curve, draw
 
 def gates(run):
     """Two gates that anybody could build, and two ways to play that learn nothing."""
@@ -71,23 +71,21 @@ def tokens(temperature, cold, run, base, reinforce=rl.raw_rl):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.controls", allow_abbrev=False)
-    parser.add_argument("--base", help="folder of a finished run")
+    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=Path, help="a finished run")
     parser.add_argument("--only", default="gates,codes,tokens,bias", help="these controls")
     parser.add_argument("--out", default="runs/controls-s0", type=Path, help="folder of this study")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1, 2, 3, 5, 0])
     parser.add_argument("--rates", nargs="+", default=["1e-4", "1e-3"], help="of RL on tokens")
     study, settings = parser.parse_known_args(arguments)
-    finished = Path(study.base or study.out / "ours")
-    if not (finished / "result.json").exists():
-        rl.main([*settings, "--out", str(finished)])
     study.out.mkdir(parents=True, exist_ok=True)
-    rows, curves = {}, {"internal RL": curve(finished, "rl")}
+    rows, curves = {}, {"internal RL": curve(study.base, "rl")}
+
     def again(name, stages, part, rate="1", **changed):
         """The main script, changed, goes on from finished stages in a folder of its own. → success"""
         folder = study.out / name
         folder.mkdir(exist_ok=True)
         for stage in stages.split():
-            shutil.copy(finished / f"{stage}.pt", folder)
+            shutil.copy(study.base / f"{stage}.pt", folder)
         with mock.patch.multiple(rl, **changed):  # in here it finds these in place of its own
             result = rl.main([*settings, "--stage", part, "--raw-lr", rate, "--out", str(folder)])
         curves[name] = curve(folder, part)
@@ -105,15 +103,9 @@ def main(arguments=None):
             name = f"tokens, temperature {start:g}, rate {rate}"
             rows[name + cold] = again(name, "pretrain", "raw", rate, raw_rl=partial(tokens, start, cold))
 
-    print()
     for name, row in rows.items():
         print(f"{name:42}" + "".join(f"{column} {number:.4g}   " for column, number in row.items()))
-    figure, axis = rl.new_figure(7, 4)
-    for name, points in curves.items():
-        axis.plot(*zip(*points), label=name)
-    axis.set(xlabel="thousand episodes", ylabel="success on the post-training task")
-    axis.legend(fontsize=7)
-    figure.savefig(study.out / "controls.png", dpi=110)
+    draw(curves, study.out / "controls.png")
     return rows
 
 if __name__ == "__main__":

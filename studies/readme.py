@@ -21,8 +21,8 @@ ROWS = {  # name in result.json → what README says of it
     "gate_precision": "openings at true changes of subgoal",
     "gate_recall": "true changes found",
     "goal_accuracy": "subgoal read from a code (chance 0.25)",
-    "shown": "codes: transitions of the data reached",
-    "withheld": "codes: transitions it never shows",
+    "shown": "codes: next colour reached, if the data shows this order",
+    "withheld": "the same, if it never does",
     "internal_success": "**success of internal RL**",
     "raw_success": "**success of RL on tokens**, torques"}
 
@@ -56,10 +56,9 @@ def table():
 
 def draw_success():
     figure = Figure(figsize=(10, 3), layout="tight")
-    legends = {"rl": "internal RL, one line a seed", "raw": "RL on tokens (ant: torques)"}
     for axis, (world, title) in zip(figure.subplots(1, len(WORLDS), sharey=True), WORLDS.items()):
-        for stage, colour in (("rl", "tab:blue"), ("raw", "tab:red")):
-            axis.plot([], [], color=colour, label=legends[stage])
+        for stage, colour, legend in (("rl", "tab:blue", "internal RL"), ("raw", "tab:red", "RL on tokens")):
+            axis.plot([], [], color=colour, label=f"{legend}, a line a seed")
             for seed in load(world):
                 episodes, success = zip(*seed[stage])
                 axis.plot([n / 1000 for n in episodes], success, color=colour, lw=1)

@@ -3,9 +3,8 @@
     python -m studies.seeds --seeds 0,1,2,3 --at-once 2
 
 Each seed is a run of internal_rl.py in a process and a folder of its own (runs/gridworld-quick-s0, …), which
-prints to FOLDER.log. All arguments but the three below are passed on to it. A second call goes on with what
-is not finished. A seed that fails counts as one that misses the bar. It takes as long as the runs do, half
-an hour each in the grid's quick preset on one core. It uses no hidden truth.
+prints to FOLDER.log. Other arguments are passed on to it. A second call goes on with what is not finished. A
+seed that fails counts as one that misses the bar. It takes as long as the runs do and uses no hidden truth.
 """
 import argparse
 import json
@@ -17,11 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-
 import internal_rl as rl
 
-ROWS = dict(base_success="base model alone", raw_success="RL on tokens", internal_success="internal RL",
-            steer_success="labelled controllers")
+ROWS = dict(base_success="base", raw_success="tokens", internal_success="internal RL", steer_success="labels")
 
 def interval(hits, n):
     """The exact 95% interval (Clopper, Pearson) of a probability, after `hits` of n. → (low, high)"""
@@ -57,17 +54,13 @@ def main(arguments=None):
         results = {seed: result for seed, result in zip(seeds, pool.map(run, seeds)) if result}
 
     figure, axis = rl.new_figure(8, 3)
-    print(f"\n{'seed':20}" + "".join(f"{name:>10}" for name in [*results, "median", "worst"]))
-    example = next(iter(results.values()), {})
-    for name in [name for name, x in example.items() if x is None or isinstance(x, float)]:
-        values = np.array([result[name] for result in results.values()], dtype=float)  # None becomes nan
-        worst = values.max() if name in ("gap", "seconds") else values.min()
-        print(f"{name:20}" + "".join(f"{x:10.4g}" for x in [*values, np.median(values), worst]))
+    print(f"\n{'seed':20}" + "".join(f"{name:>10}" for name in [*results, "median", "lowest"]))
+    for name in [name for name, x in next(iter(results.values()), {}).items() if isinstance(x, float)]:
+        values = [result[name] for result in results.values()]
+        print(f"{name:20}" + "".join(f"{x:10.4g}" for x in [*values, np.median(values), min(values)]))
         if name in ROWS:
             axis.plot(values, [ROWS[name]] * len(values), "o", alpha=0.5)
-    axis.axvline(ours.bar, ls=":", color="gray", label=f"the bar, {ours.bar}")
     axis.set(xlabel=f"success on {config.post_task}, one dot a seed", xlim=(-0.02, 1.02))
-    axis.legend()
     figure.savefig(f"{out}-seeds.png", dpi=110)
 
     hits = sum(result["internal_success"] >= ours.bar for result in results.values())

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-
-import gridworld
 import internal_rl as rl
 
 class Stopwatch(rl.Run):
@@ -34,12 +32,6 @@ def main(arguments=None):
             actor = rl.CodeActor(config, meta, policy, 64, 1.0, run.evaluation("codes"))
         e = base.lower(game.observation()[:, None], cache)[:, 0]
         base.upper(actor(game.rows, e, e)[:, None], cache)
-    layouts = gridworld.draw_layouts(10_000, 5, 4, 1, run.evaluation("layouts"))
-    cells = gridworld.Game(layouts, 5, [0, 1, 2, 3], 60)
-    for step in run.steps("a million grid steps"):
-        for action in torch.randint(4, (100, 10_000), device=run.device):
-            cells.step(action)
-            cells.reset(cells.done)
 
 if __name__ == "__main__":
     main()

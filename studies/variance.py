@@ -2,9 +2,8 @@
 
     python -m studies.variance --base runs/gridworld-quick-s0
 
-On tasks of 1, 2, … visits whose transitions the data shows, both kinds of RL earn rewards at once. Without
---base it first trains what the run of these settings lacks; then it takes a minute in the grid's quick preset
-on one core. It knows hidden truth: which transitions the data shows.
+On tasks of 1, 2, … visits whose transitions the data shows, both kinds of RL earn rewards at once. It takes a
+minute in the grid's quick preset and knows hidden truth: which transitions the data shows.
 """
 import argparse
 import copy
@@ -12,7 +11,6 @@ import json
 import math
 
 import torch
-
 import gridworld
 import internal_rl as rl
 
@@ -35,14 +33,10 @@ def gradient_noise(learner, log_prob_of, success):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.variance", allow_abbrev=False)
-    parser.add_argument("--base", metavar="FOLDER", help="a finished run")
-    ours, rest = parser.parse_known_args(arguments)
-    options, config = rl.parse_arguments(rest)
-    folder = ours.base or options.out or f"runs/{config.task}-{options.preset}-s{config.seed}"
-    if ours.base:
-        config = rl.Settings(**json.load(open(f"{folder}/config.json")))
-    device = options.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    run = rl.Run(config, folder, device, options.data)
+    parser.add_argument("--base", default="runs/gridworld-quick-s0", help="folder of a finished run")
+    ours, _ = parser.parse_known_args(arguments)
+    config = rl.Settings(**json.load(open(f"{ours.base}/config.json")))
+    run = rl.Run(config, ours.base, "cpu")
     run.open()
     base = rl.pretrain(run)
     meta = rl.learn_codes(run, base, rl.learn_gates(run, base))

@@ -4,8 +4,7 @@
         --stage discover --show withheld,gate_recall --base runs/gridworld-quick-s{seed}
 
 Each combination of values is a run of its own (runs/vary/mirror=False-s0, …). What a finished run (--base)
-has learned under the same settings is copied. All other arguments are those of internal_rl.py. On one core a
-base model takes nine minutes, discovery eight, internal RL four. It uses no hidden truth itself.
+has learned under the same settings is copied. Other arguments are those of internal_rl.py.
 """
 import argparse
 import itertools
@@ -15,8 +14,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
-
 import internal_rl as rl
 
 def flag(setting, value):
@@ -24,14 +21,15 @@ def flag(setting, value):
     name = setting.replace("_", "-")
     return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name}={value}")
 
-def copy_stages(source, run):
+def copy_stages(source, config, folder):
     """Copies finished checkpoints of `source` that no setting which differs touches."""
+    folder.mkdir(parents=True, exist_ok=True)
     theirs = json.loads((source / "config.json").read_text())
-    changed = [s for s in fields(run.config) if theirs[s.name] != getattr(run.config, s.name)]
+    changed = [s for s in fields(config) if theirs[s.name] != getattr(config, s.name)]
     touched = set().union(*(s.metadata["stages"] for s in changed))
-    original = rl.Run(run.config, source, run.device)
+    original = rl.Run(config, source, "cpu")
     for stage, parents in rl.STAGES.items():
-        copied = run.folder / f"{stage}.pt"
+        copied = folder / f"{stage}.pt"
         if not copied.exists() and not touched & {stage, *parents}:
             original.load(stage)
             if stage in original.digests:  # it is finished
@@ -51,17 +49,13 @@ def main(arguments=None):
 
     for combination, seed in itertools.product(itertools.product(*choices), ours.seeds.split(",")):
         flags = [flag(*choice) for choice in combination]
-        options, config = rl.parse_arguments([*rest, *flags, f"--seed={seed}"])
-        rl.check(config)
-        device = options.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-        out = Path(options.out or "runs/vary")
         name = ",".join(map("=".join, combination))
-        run = rl.Run(config, out / f"{name}-s{seed}", device, options.data)
-        run.open()
+        command = [*rest, *flags, f"--seed={seed}"]
+        options, config = rl.parse_arguments(command)
+        out = Path(options.out or "runs/vary")
         if ours.base:
-            copy_stages(Path(ours.base.format(seed=seed)), run)
-        print(f"\n{run.folder}", flush=True)
-        result = rl.run_stages(run, options.stage)
+            copy_stages(Path(ours.base.format(seed=seed)), config, out / f"{name}-s{seed}")
+        result = rl.main([*command, f"--out={out / name}-s{seed}"])
         results.setdefault(name, []).append([result[number] for number in shown])
 
     figure, axes = rl.new_figure(5 * len(shown), 2 + 0.3 * len(results), 1, len(shown))
@@ -71,12 +65,11 @@ def main(arguments=None):
             values = np.array([each[i] for each in numbers], dtype=float)  # [seeds] or [seeds, n]
             print(f"  {name:40}", np.median(values, 0).round(4), " ", *values.round(4))
             if values.ndim == 1:
-                axis.plot(values, [row] * len(values), "o", alpha=0.7)
-                axis.set_yticks(range(len(results)), results)
+                axis.plot(values, [name] * len(values), "o", alpha=0.7)
             else:
                 axis.plot(values.T, color=f"C{row}", label=[name] + [""] * (len(values) - 1))
                 axis.legend()
-        axis.set_xlabel(f"{shown[i]}, " + ("a dot a seed" if values.ndim == 1 else "by layer, a line a seed"))
+        axis.set_xlabel(shown[i] + (", a dot a seed" if values.ndim == 1 else " by layer, a line a seed"))
     figure.savefig(out / "vary.png", dpi=110)
     return results
 
