@@ -596,7 +596,7 @@ def discovery_loss(config, base, meta, batch, image, rng):
 def follow_rate(alpha, nats, rate, pace):
     """α rises by up to 2% · pace (learning rate ÷ peak) if codes cost more nats per cell than `rate`, or
     falls."""
-    # differs from the paper, where α is constant, because that shuts all gates or leaves them open.
+    # differs from the paper: α is not constant, because that shuts all gates or leaves them open.
     excess = (nats / rate - 1).clamp(-1, 1)
     alpha.mul_((0.02 * pace * excess).exp()).clamp_(1e-3, 2)
 

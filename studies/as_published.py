@@ -5,8 +5,9 @@
 Eq. 3 and App. D.2 as printed: a learned Σ, soft gates that blend codes, a KL of constant weight α at every
 step, encoder and gate with all their inputs, from the middle layer, rank 16, n_z = 8, no mirror; then gates
 that open where β > ½ in internal RL. All else is the main script's. --preset paper adds sizes and schedules
-of Tables A1 to A16 and absolute inputs. NOBODY HAS EVER RUN THAT: it would take days on a large GPU. Ours stay
-GRUs for Hawk layers, initial weights, clipped gradients, β_1 = 1, internal RL. Only scores know hidden truth.
+of Tables A1 to A16 and absolute inputs. NOBODY HAS EVER RUN THAT: it would take days on a large GPU. Ours
+stay GRUs for Hawk layers, initial weights, clipped gradients, β_1 = 1, internal RL. Only scores know hidden
+truth.
 """
 import argparse
 from unittest import mock
@@ -15,6 +16,7 @@ import torch
 import torch.nn as nn
 import gridworld
 import internal_rl as rl
+from studies.rivals import learn
 
 METHOD = "--control-layer=0 --rank=16 --n-z=8 --no-read-embedding --no-mirror --stage=rl".split()
 PAPER = dict(  # its 64,000 steps of discovery are the sum of gate_steps and code_steps
@@ -38,40 +40,25 @@ class Metacontroller(nn.Module):
         self.gate = nn.Sequential(rl.perceptron(config.width + 32 + config.n_z, 1), nn.Sigmoid())  # Eq. 16
         self.hyper = rl.Hypernetwork(config)  # Eq. 18
 
-    def forward(self, e, length, rng):
-        """e [B, T+1, C], length [B] → z [B, T+1, Z], β [B, T+1], ln σ and μ as z"""
-        h = nn.functional.pad(self.history(e)[0][:, :-1], (0, 0, 1, 0))  # h_{t−1} [B, T+1, 32]
-        s = self.summary(e)[0].gather(1, (length - 1)[:, None, None].expand(-1, -1, 32)).expand_as(h)
-        mu, log_sigma = self.encoder(torch.cat([e, h, s], -1)).chunk(2, -1)
+    def forward(self, x, length, rng):
+        """x [B, T+1, C], length [B] → z [B, T+1, Z], β [B, T+1] twice, μ as z"""
+        h = nn.functional.pad(self.history(x)[0][:, :-1], (0, 0, 1, 0))  # h_{t−1} [B, T+1, 32]
+        s = self.summary(x)[0].gather(1, (length - 1)[:, None, None].expand(-1, -1, 32)).expand_as(h)
+        mu, log_sigma = self.encoder(torch.cat([x, h, s], -1)).chunk(2, -1)
         log_sigma = log_sigma.clamp(-6, 3)
+        self.cost = 0.5 * (mu ** 2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(-1)  # KL [B, T+1]
         proposal = mu + log_sigma.exp() * torch.randn(mu.shape, generator=rng, device=mu.device)  # Eq. 14
-        z, beta = [proposal[:, 0]], [torch.ones_like(e[:, 0, :1])]
-        for t in range(1, e.shape[1]):
-            beta.append(self.gate(torch.cat([e[:, t], h[:, t], z[-1]], -1)))
+        z, beta = [proposal[:, 0]], [torch.ones_like(x[:, 0, :1])]
+        for t in range(1, x.shape[1]):
+            beta.append(self.gate(torch.cat([x[:, t], h[:, t], z[-1]], -1)))
             z.append(beta[-1] * proposal[:, t] + (1 - beta[-1]) * z[-1])  # Eq. 17
-        return torch.stack(z, 1), torch.cat(beta, 1), log_sigma, mu
+        beta = torch.cat(beta, 1)
+        return torch.stack(z, 1), beta, beta, mu
 
 def discover(run, base, alpha):
     """Minimises Eq. 3 over all of the metacontroller. → it"""
-    config = run.config
     rng = run.begin("gates")
-    meta = Metacontroller(config).to(run.device)
-    optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=rl.WEIGHT_DECAY)
-    data = rl.ExpertData(run, config.discover_batch, 0.0, rng)
-    for step in run.steps("gates", config.gate_steps + config.code_steps, rng, optimizer, meta=meta):
-        batch = data.batch(step)
-        e = base.lower(batch.observation)
-        z, _, log_sigma, mu = meta(e, batch.length, rng)
-        nll = rl.action_loss(config, base.upper(meta.hyper(e[:, :-1], z[:, :-1])), batch)
-        kl = 0.5 * (mu ** 2 + (2 * log_sigma).exp() - 2 * log_sigma - 1)  # [B, T+1, Z]
-        kl = kl[:, :-1][batch.valid].sum(-1).mean()
-        loss = nll + alpha * kl
-        rl.descend(loss, optimizer, rl.learning_rate(config.discover_lr, step))
-        step.log(loss=loss, nll=nll, kl=kl)
-        if step.due:
-            step.log(**run.look_at_gates(base, meta))
-    rl.draw_gates(run, base, meta)
-    return meta.requires_grad_(False).eval()
+    return learn(run, base, Metacontroller(run.config).to(run.device), alpha, rng)
 
 class Actor(rl.CodeActor):
     def __call__(self, games, e, embedding):

@@ -12,14 +12,12 @@ Only the scores of gates and the expert know hidden truth. It takes 40 minutes, 
 import argparse
 import itertools
 import math
-import shutil
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import internal_rl as rl
-from studies.rivals import curve, draw
+from studies.rivals import again, curve, draw
 
 def gates(run):
     """Two gates that anybody could build, and two ways to play that learn nothing."""
@@ -65,8 +63,7 @@ def tokens(temperature, cold, run, base, reinforce=rl.raw_rl):
     else:
         base.load_state_dict(rl.Base(run.config).state_dict())
     model = reinforce(run, base)
-    if cold:
-        heat(model.head, 0.1)
+    heat(model.head, cold)
     return model
 
 def main(arguments=None):
@@ -80,14 +77,10 @@ def main(arguments=None):
     study.out.mkdir(parents=True, exist_ok=True)
     rows, curves = {}, {"internal RL": curve(study.base, "rl")}
 
-    def again(name, stages, part, rate="1", **changed):
-        """The main script, changed, goes on from finished stages in a folder of its own. → success"""
+    def success(name, stages, part, *more, **changes):
+        """What RL on codes or tokens (a part of the main script) reaches with changes."""
         folder = study.out / name
-        folder.mkdir(exist_ok=True)
-        for stage in stages.split():
-            shutil.copy(study.base / f"{stage}.pt", folder)
-        with mock.patch.multiple(rl, **changed):  # in here it finds these in place of its own
-            result = rl.main([*settings, "--stage", part, "--raw-lr", rate, "--out", str(folder)])
+        result = again(study.base, stages, folder, [*settings, "--stage", part, *more], **changes)
         curves[name] = curve(folder, part)
         return {"success": result["raw_success" if part == "raw" else "internal_success"]}
 
@@ -95,13 +88,14 @@ def main(arguments=None):
         rows |= gates(rl.Run(rl.parse_arguments(settings)[1], study.out, "cpu"))
     if "codes" in study.only:
         for name, OtherCodes.change in CHANGES.items():
-            rows[name] = again("internal RL", "pretrain gates codes rl", "rl", CodeActor=OtherCodes)
+            rows[name] = success("internal RL", "pretrain gates codes rl", "rl", CodeActor=OtherCodes)
     if "bias" in study.only:
-        rows["e + b(z)"] = again("e + b(z)", "pretrain gates", "rl", Hypernetwork=AddedVector)
+        rows["e + b(z)"] = success("e + b(z)", "pretrain gates", "rl", Hypernetwork=AddedVector)
     if "tokens" in study.only:
-        for start, rate, cold in itertools.product(study.temperatures, study.rates, ("", ", cold")):
+        for start, rate, cold in itertools.product(study.temperatures, study.rates, (1, 0.1)):
             name = f"tokens, temperature {start:g}, rate {rate}"
-            rows[name + cold] = again(name, "pretrain", "raw", rate, raw_rl=partial(tokens, start, cold))
+            rows[name + ", cold" * (cold < 1)] = success(name, "pretrain", "raw", "--raw-lr", rate,
+                                                      raw_rl=partial(tokens, start, cold))
 
     for name, row in rows.items():
         print(f"{name:42}" + "".join(f"{column} {number:.4g}   " for column, number in row.items()))

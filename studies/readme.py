@@ -7,10 +7,12 @@ success. A file also says which program, command and machine made them; edit the
 """
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from studies.rivals import curve
 
 ASSETS = Path(__file__).parent.parent / "assets"
 WORLDS = {"grid": "5×5 grid", "pairs": "6×6, pairs", "ant": "ant"}
@@ -32,11 +34,8 @@ def store(world, folders):
     seeds = {}
     for folder in folders:
         result = json.loads((folder / "result.json").read_text())
-        numbers = {"result": result, "rl": [], "raw": []}
-        for line in map(json.loads, open(folder / "metrics.jsonl")):
-            if line["stage"] in numbers:
-                numbers[line["stage"]].append([line["episodes"], line["success"]])
-        seeds[result["settings"]["seed"]] = numbers
+        seed = result["settings"]["seed"]
+        seeds[seed] = {"result": result, "rl": curve(folder, "rl"), "raw": curve(folder, "raw")}
     path.write_text(json.dumps({**stored, "seeds": dict(sorted(seeds.items()))}) + "\n")
 
 def load(world):
@@ -76,9 +75,8 @@ def main(arguments=None):
         store(options.store, options.folders)
     draw_success()
     readme = ASSETS.parent / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- table -->\n")
-    after = rest.partition("<!-- end -->\n")[2]
-    readme.write_text(f"{before}<!-- table -->\n{table()}<!-- end -->\n{after}")
+    between = "(?s)(?<=<!-- table -->\n).*(?=<!-- end -->\n)"
+    readme.write_text(re.sub(between, lambda old: table(), readme.read_text()))
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,6 @@ All learn gates and codes at once, for a constant price α, in as many steps as 
 Hidden truth: SEGMENT is about as long as a leg. They take 12, 25 and 12 minutes.
 """
 import argparse
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -25,9 +24,8 @@ MOST = 4  # CompILE: segments of a trajectory in training; in RL there is no lim
 SEGMENT = 4  # CompILE: mean length in the prior. differs from the paper: 10, because our legs are short.
 
 class AlwaysOpen(rl.Gate):
-    """β = 1 at every step."""
-    def step(self, e, before):
-        return torch.ones_like(e[..., 0])
+    def step(self, x, before):
+        return torch.ones_like(x[..., 0])
 
 class FreeCodes(rl.Metacontroller):
     """Codes as in the paper: μ and σ are learned, so the KL limits how much a code says (Eq. 14, 15)."""
@@ -35,11 +33,11 @@ class FreeCodes(rl.Metacontroller):
         """β [B, T+1] → open?, gates that gradients pass, and what switches cost, each [B, T+1]"""
         return beta > rl.THRESHOLD, beta, 0
 
-    def forward(self, e, length, rng):
-        e = self.norm(e)
-        beta = self.gate(e)
+    def forward(self, x, length, rng):
+        x = self.norm(x)
+        beta = self.gate(x)
         opens, gates, price = self.open_gates(beta, rng)
-        mu, log_sigma = self.encoder(e, opens, length).chunk(2, -1)
+        mu, log_sigma = self.encoder(x, opens, length).chunk(2, -1)
         noise = torch.randn(mu.shape, generator=rng, device=mu.device)
         kl = 0.5 * (mu ** 2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(-1)
         self.cost = gates * kl + price  # of this batch, in nats [B, T+1]
@@ -57,8 +55,8 @@ class CompILE(FreeCodes):
 
 class SegmentEncoder(rl.TrajectoryEncoder):
     """CompILE's encoder: a code from the states of a recurrent layer where its segment begins and ends."""
-    def forward(self, e, opens, length):
-        h, _ = self.history(e)  # [B, T+1, 32]
+    def forward(self, x, opens, length):
+        h, _ = self.history(x)  # [B, T+1, 32]
         end = rl.next_opening(opens, length)[..., None].expand_as(h)
         return self.mean(torch.cat([h, h.gather(1, end)], -1))
 
@@ -67,42 +65,58 @@ RIVALS = {  # name: legend, gate, metacontroller, encoder, what it returns (2: �
     "cotrain": ("co-training from random weights", rl.Gate, rl.Metacontroller, rl.TrajectoryEncoder, 1),
     "compile": ("CompILE", rl.Gate, CompILE, SegmentEncoder, 2)}
 
+def learn(run, base, meta, alpha, rng, more_steps=0):
+    """Gates and codes at once: minimises −ln p + α · KL, or α · meta.cost if there is one. → meta"""
+    config = run.config
+    count = config.gate_steps + config.code_steps + more_steps
+    optimizer = torch.optim.AdamW([*meta.parameters(), *base.parameters()], weight_decay=rl.WEIGHT_DECAY)
+    data = rl.ExpertData(run, config.discover_batch, 0.0, rng)
+    for step in run.steps("gates", count, rng, optimizer, meta=meta, base=base):
+        batch = data.batch(step)
+        nll, kl = rl.discovery_loss(config, base, meta, batch, batch, rng)
+        if hasattr(meta, "cost"):
+            kl = meta.cost[:, :-1][batch.valid].mean()
+        loss = nll + alpha * kl
+        rl.descend(loss, optimizer, rl.learning_rate(config.discover_lr, step))
+        step.log(loss=loss, nll=nll, kl=kl)
+        if step.due:
+            step.log(**run.look_at_gates(base, meta))
+    base.requires_grad_(False)
+    meta.requires_grad_(False).eval()
+    rl.draw_gates(run, base, meta)
+    return meta
+
 def discover(name, alpha, run, base):
-    """Gates and codes at once, and of two rivals the base model, which changes. → metacontroller"""
+    """Makes and trains a rival's metacontroller, and of two rivals the base model, which changes."""
     config = run.config
     rng = run.begin("gates")
     _, gate, kind, encoder, outputs = RIVALS[name]
     encoder = encoder(replace(config, n_z=outputs * config.n_z))
     norm = torch.nn.LayerNorm(config.width)
     meta = kind(norm, gate(config), rl.Hypernetwork(config), encoder).to(run.device)
-    count = config.gate_steps + config.code_steps
-    if name == "cotrain":
-        count += config.pretrain_steps
-        base.load_state_dict(rl.Base(config).state_dict())
     base.requires_grad_(name != "forced")
-    optimizer = torch.optim.AdamW([*meta.parameters(), *base.parameters()], weight_decay=rl.WEIGHT_DECAY)
-    data = rl.ExpertData(run, config.discover_batch, 0.0, rng)
-
-    for step in run.steps("gates", count, rng, optimizer, meta=meta, base=base):
-        batch = data.batch(step)
-        nll, kl = rl.discovery_loss(config, base, meta, batch, batch, rng)
-        if name != "cotrain":
-            kl = meta.cost[:, :-1][batch.valid].mean()
-        loss = nll + alpha * kl
-        rl.descend(loss, optimizer, rl.learning_rate(config.discover_lr, step))
-        step.log(loss=loss, nll=nll, kl=kl)
-    base.requires_grad_(False)
-    return meta.requires_grad_(False).eval()
+    if name != "cotrain":
+        return learn(run, base, meta, alpha, rng)
+    base.load_state_dict(rl.Base(config).state_dict())
+    return learn(run, base, meta, alpha, rng, config.pretrain_steps)
 
 def curve(folder, stage):
-    """(thousand episodes, success) at each report of RL"""
+    """[episodes, success] at each report of RL"""
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    return [(line["episodes"] / 1000, line["success"]) for line in lines if line["stage"] == stage]
+    return [[line["episodes"], line["success"]] for line in lines if line["stage"] == stage]
+
+def again(base, stages, folder, arguments, **changes):
+    """The main script, perhaps changed, goes on from finished stages in another folder. → its numbers"""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages.split():
+        shutil.copy(base / f"{stage}.pt", folder)
+    with mock.patch.dict(vars(rl), changes):  # in here it finds these in place of its own
+        return rl.main([*arguments, "--out", str(folder)])
 
 def draw(curves, path):
     figure, axis = rl.new_figure(7, 4)
     for name, points in curves.items():
-        axis.plot(*zip(*points), label=name)
+        axis.plot([n / 1000 for n, _ in points], [success for _, success in points], label=name)
     axis.set(xlabel="thousand episodes", ylabel="success")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -119,17 +133,14 @@ def main(arguments=None):
             "RL on the model's own actions": (result["raw_success"], curve(study.base, "raw"))}
     for name in study.only.split(","):
         folder = study.out / f"{name}-alpha{study.alpha:g}"
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(study.base / "pretrain.pt", folder)
-        ways = dict(learn_gates=functools.partial(discover, name, study.alpha),
-                    learn_codes=lambda run, base, meta: meta)  # learned along with gates
-        with mock.patch.multiple(rl, **ways):  # in here the main script finds these in place of its own
-            result = rl.main([*settings, "--stage", "rl", "--out", str(folder)])
+        result = again(study.base, "pretrain", folder, [*settings, "--stage", "rl"],
+                       learn_gates=lambda run, base: discover(name, study.alpha, run, base),
+                       learn_codes=lambda run, base, meta: meta)  # learned along with gates
         rows[RIVALS[name][0]] = (result["internal_success"], curve(folder, "rl"))
 
     print(f"\n{'':32}{'final success':>14}{'thousand episodes to .5':>26}")
     for name, (final, points) in rows.items():
-        half = next((f"{k:.0f}" for k, success in points if success >= 0.5), "never")
+        half = next((f"{n / 1000:.0f}" for n, success in points if success >= 0.5), "never")
         print(f"{name:32}{final:14.3f}{half:>26}")
     draw({name: points for name, (_, points) in rows.items()}, study.out / "rivals.png")
     return rows

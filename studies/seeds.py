@@ -23,11 +23,8 @@ ROWS = dict(base_success="base", raw_success="tokens", internal_success="interna
 def interval(hits, n):
     """The exact 95% interval (Clopper, Pearson) of a probability, after `hits` of n. → (low, high)"""
     p = np.linspace(0, 1, 100_001)
-
-    def at_least(k):
-        return sum((math.comb(n, i) * p ** i * (1 - p) ** (n - i) for i in range(k, n + 1)), 0 * p)
-
-    return p[at_least(hits) >= 0.025].min(), p[at_least(hits + 1) <= 0.975].max()
+    chances = [math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(n + 1)]  # of k hits
+    return p[sum(chances[hits:]) >= 0.025].min(), p[sum(chances[:hits + 1]) >= 0.025].max()
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.seeds", allow_abbrev=False)
@@ -55,8 +52,9 @@ def main(arguments=None):
 
     figure, axis = rl.new_figure(8, 3)
     print(f"\n{'seed':20}" + "".join(f"{name:>10}" for name in [*results, "median", "lowest"]))
-    for name in [name for name, x in next(iter(results.values()), {}).items() if isinstance(x, float)]:
-        values = [result[name] for result in results.values()]
+    example = next(iter(results.values()), {})
+    for name in [name for name, x in example.items() if x is None or isinstance(x, float)]:
+        values = np.array([result[name] for result in results.values()], dtype=float)  # None becomes nan
         print(f"{name:20}" + "".join(f"{x:10.4g}" for x in [*values, np.median(values), min(values)]))
         if name in ROWS:
             axis.plot(values, [ROWS[name]] * len(values), "o", alpha=0.5)
@@ -66,7 +64,7 @@ def main(arguments=None):
     hits = sum(result["internal_success"] >= ours.bar for result in results.values())
     low, high = interval(hits, len(seeds))
     print(f"\nInternal RL reaches {ours.bar} on {hits} of {len(seeds)} seeds (exact 95% interval of it: "
-          f"{low:.3f} to {high:.3f}); failed: {', '.join(set(seeds) - {*results}) or 'none'}.")
+          f"{low:.3f} to {high:.3f}); failed: {', '.join(s for s in seeds if s not in results) or 'none'}.")
     return results
 
 if __name__ == "__main__":

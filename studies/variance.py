@@ -3,7 +3,7 @@
     python -m studies.variance --base runs/gridworld-quick-s0
 
 On tasks of 1, 2, … visits whose transitions the data shows, both kinds of RL earn rewards at once. It takes a
-minute in the grid's quick preset and knows hidden truth: which transitions the data shows.
+few minutes in the grid's quick preset and knows hidden truth: which transitions the data shows.
 """
 import argparse
 import copy
@@ -17,6 +17,8 @@ import internal_rl as rl
 def gradient_noise(learner, log_prob_of, success):
     """→ variance of an episode's gradient, mean over parameters; number of episodes whose mean gradient has a
     variance as large as its square. nan: rewards, or episodes, are too few to tell"""
+    if success.sum() < 10:
+        return math.nan, math.nan
     advantage = (success - success.mean()) / (success.std(correction=0) + 1e-3)
     gradients = []
     for rows in torch.arange(len(success), device=success.device).tensor_split(64):
@@ -27,8 +29,6 @@ def gradient_noise(learner, log_prob_of, success):
     variance = gradients.var(0) * len(success) / len(gradients)
     squared = gradients.mean(0).square().sum() - variance.sum() / len(success)  # without bias
     needed = (variance.sum() / squared).item()
-    if success.sum() < 10:
-        return math.nan, math.nan
     return variance.mean().item(), needed if 0 < needed < len(success) else math.nan
 
 def main(arguments=None):

@@ -9,31 +9,24 @@ has learned under the same settings is copied. Other arguments are those of inte
 import argparse
 import itertools
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import internal_rl as rl
+from studies.rivals import again
 
 def flag(setting, value):
     """A setting as an argument of internal_rl.py."""
     name = setting.replace("_", "-")
     return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name}={value}")
 
-def copy_stages(source, config, folder):
-    """Copies finished checkpoints of `source` that no setting which differs touches."""
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs = json.loads((source / "config.json").read_text())
+def same_stages(base, config):
+    """The stages of a finished run that no setting which differs touches."""
+    theirs = json.loads((base / "config.json").read_text())
     changed = [s for s in fields(config) if theirs[s.name] != getattr(config, s.name)]
     touched = set().union(*(s.metadata["stages"] for s in changed))
-    original = rl.Run(config, source, "cpu")
-    for stage, parents in rl.STAGES.items():
-        copied = folder / f"{stage}.pt"
-        if not copied.exists() and not touched & {stage, *parents}:
-            original.load(stage)
-            if stage in original.digests:  # it is finished
-                shutil.copy(source / copied.name, copied)
+    return " ".join(p.stem for p in base.glob("*.pt") if not touched & {p.stem, *rl.STAGES[p.stem]})
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.vary", allow_abbrev=False)
@@ -53,9 +46,9 @@ def main(arguments=None):
         command = [*rest, *flags, f"--seed={seed}"]
         options, config = rl.parse_arguments(command)
         out = Path(options.out or "runs/vary")
-        if ours.base:
-            copy_stages(Path(ours.base.format(seed=seed)), config, out / f"{name}-s{seed}")
-        result = rl.main([*command, f"--out={out / name}-s{seed}"])
+        base = Path((ours.base or "").format(seed=seed))
+        stages = same_stages(base, config) if ours.base else ""
+        result = again(base, stages, out / f"{name}-s{seed}", command)
         results.setdefault(name, []).append([result[number] for number in shown])
 
     figure, axes = rl.new_figure(5 * len(shown), 2 + 0.3 * len(results), 1, len(shown))
