@@ -154,9 +154,9 @@ def draw_layouts(n, size, colours, walls, generator):
 
 class Game:
     """B games in step, with one task for all ([K]) or one for each ([B, K]). Finished games ignore actions.
-    State, each [B]: `agent` its cell, `visits` right ones so far, `first` colour visited (−1: none), `steps`,
-    `terminated` by success or a wrong visit, `done` terminated or out of time. Tables with a row a game are
-    flat, as one index is faster than two: row · columns + column."""
+    State, each [B]: `agent` its cell, `visits` right ones so far, `steps`, `terminated` by success or a wrong
+    visit, `done` terminated or out of time. Tables with a row a game are flat, as one index is faster than
+    two: row · columns + column."""
     def __init__(self, layouts, size, tasks, max_steps):
         self.layouts, self.max_steps = layouts, max_steps
         self.cells = size * size
@@ -177,7 +177,7 @@ class Game:
         self.next_cell = torch.where(hits_wall, here, ahead).reshape(-1)  # [B·G²·4]
 
         self.agent = layouts.agent
-        self.visits = self.steps = self.first = torch.zeros_like(self.agent)
+        self.visits = self.steps = torch.zeros_like(self.agent)
         self.terminated = self.done = torch.zeros_like(self.agent, dtype=torch.bool)
         self.reset(torch.ones_like(self.done))
 
@@ -185,7 +185,6 @@ class Game:
         """Puts those games where `games` [B] is true back to their start."""
         self.agent = torch.where(games, self.layouts.agent, self.agent)
         self.visits, self.steps = self.visits.masked_fill(games, 0), self.steps.masked_fill(games, 0)
-        self.first = self.first.masked_fill(games, -1)
         self.terminated, self.done = self.terminated & ~games, self.done & ~games
 
     def step(self, action):
@@ -200,7 +199,6 @@ class Game:
         right = visit & (colour == self.tasks[self.rows * (self.goal + 1) + self.visits])
         self.agent = cell
         self.visits, self.steps = self.visits + right, self.steps + ~self.done
-        self.first = torch.where((self.first < 0) & visit, colour, self.first)
 
         solved = self.visits == self.goal
         self.terminated = self.terminated | solved | (visit & ~right) | failed
