@@ -657,7 +657,7 @@ def learn_codes(run, base, gates):
 # ======== Chapter 5 · internal RL
 # A small policy takes the place of the encoder that saw the future: it chooses a code where a gate opens.
 # Base model, gate and f_hyp are frozen; to the policy they are part of the environment.
-# You should see `success` leave zero after 6 to 25 thousand episodes.
+# You should see `success` leave zero after 6 to 40 thousand episodes.
 
 class Policy(nn.Module):
     """π(z | e at the switches so far): a Gaussian whose mean a recurrent layer makes (App. D.3)."""
