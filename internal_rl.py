@@ -833,7 +833,6 @@ REPORTS = dict(gates=4, codes=3, rl=50, raw=50)  # how often a stage reports; ot
 PURPOSES = ("held out", "layouts", "actions", "proposals", "codes", "find", "score", "bars", "bar plays",
             "film", "film plays", "gates", "gate proposals", "search", "pairs")
 
-
 def refuse(message, status=2):
     """Ends all with one line on stderr, for bad input (status 2) or training gone wrong (1)."""
     print(f"internal_rl.py: {message}", file=sys.stderr)
@@ -1258,7 +1257,7 @@ def parse_arguments(arguments):
     task = changes.pop("task", "gridworld")
     try:
         return options, configure(task, options.preset, **changes)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         refuse(f"--task {task}: no world {task}.py or {task}_tasks.py beside internal_rl.py")
     except KeyError:
         refuse(f"--preset {options.preset}: {task} has {', '.join(Settings(task).world.PRESETS)}")
