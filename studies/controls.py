@@ -74,6 +74,8 @@ def main(arguments=None):
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1, 2, 3, 5, 0])
     parser.add_argument("--rates", nargs="+", default=["1e-4", "1e-3"], help="of RL on tokens")
     study, settings = parser.parse_known_args(arguments)
+    if not (study.base / "result.json").exists():
+        rl.refuse(f"--base {study.base} is no finished run")
     study.out.mkdir(parents=True, exist_ok=True)
     rows, curves = {}, {"internal RL": curve(study.base, "rl")}
 

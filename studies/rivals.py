@@ -128,6 +128,8 @@ def main(arguments=None):
     parser.add_argument("--out", default="runs/rivals-s0", type=Path, help="folder of this study")
     parser.add_argument("--alpha", type=float, default=0.03, help="price of codes")
     study, settings = parser.parse_known_args(arguments)
+    if not (study.base / "result.json").exists():
+        rl.refuse(f"--base {study.base} is no finished run")
     result = json.loads((study.base / "result.json").read_text())
     rows = {"ours": (result["internal_success"], curve(study.base, "rl")),
             "RL on the model's own actions": (result["raw_success"], curve(study.base, "raw"))}

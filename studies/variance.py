@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import math
+from pathlib import Path
 
 import torch
 import gridworld
@@ -33,10 +34,12 @@ def gradient_noise(learner, log_prob_of, success):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.variance", allow_abbrev=False)
-    parser.add_argument("--base", default="runs/gridworld-quick-s0", help="folder of a finished run")
-    ours, _ = parser.parse_known_args(arguments)
-    config = rl.Settings(**json.load(open(f"{ours.base}/config.json")))
-    run = rl.Run(config, ours.base, "cpu")
+    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=Path, help="a finished run")
+    study, _ = parser.parse_known_args(arguments)
+    if not (study.base / "result.json").exists():
+        rl.refuse(f"--base {study.base} is no finished run")
+    config = rl.Settings(**json.loads((study.base / "config.json").read_text()))
+    run = rl.Run(config, study.base, "cpu")
     run.open()
     base = rl.pretrain(run)
     meta = rl.learn_codes(run, base, rl.learn_gates(run, base))

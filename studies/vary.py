@@ -23,6 +23,8 @@ def flag(setting, value):
 
 def same_stages(base, config):
     """The stages of a finished run that no setting which differs touches."""
+    if not (base / "config.json").exists():
+        rl.refuse(f"--base {base} is no run")
     theirs = json.loads((base / "config.json").read_text())
     changed = [s for s in fields(config) if theirs[s.name] != getattr(config, s.name)]
     touched = set().union(*(s.metadata["stages"] for s in changed))
@@ -36,8 +38,8 @@ def main(arguments=None):
     parser.add_argument("--base", metavar="FOLDER", help="a finished run; {seed} stands for the seed")
     ours, rest = parser.parse_known_args(arguments)
     shown = ours.show.split(",")
-    varied = [text.split("=") for text in ours.vary or ["mirror=True,False"]]
-    choices = [[(setting, value) for value in values.split(",")] for setting, values in varied]
+    varied = [text.partition("=") for text in ours.vary or ["mirror=True,False"]]
+    choices = [[(setting, value) for value in values.split(",")] for setting, _, values in varied]
     results = {}  # combination → of each seed, the numbers to show
 
     for combination, seed in itertools.product(itertools.product(*choices), ours.seeds.split(",")):
@@ -49,7 +51,7 @@ def main(arguments=None):
         base = Path((ours.base or "").format(seed=seed))
         stages = same_stages(base, config) if ours.base else ""
         result = again(base, stages, out / f"{name}-s{seed}", command)
-        results.setdefault(name, []).append([result[number] for number in shown])
+        results.setdefault(name, []).append([result.get(number, np.nan) for number in shown])
 
     figure, axes = rl.new_figure(5 * len(shown), 2 + 0.3 * len(results), 1, len(shown))
     for i, axis in enumerate(np.atleast_1d(axes)):
