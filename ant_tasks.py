@@ -515,7 +515,7 @@ def sample(out, generator):
 
 # differs from the paper: control after block 1 of 4, because labelled controllers get .71, in the middle .52.
 QUICK = dict(
-    size=4, max_steps=500, noise=0.1, post_task="0-1-2-3", next_obs=10.0, read_embedding=False, rl_batch=512,
+    size=4, max_steps=500, noise=0.1, post_task="0-1-2-3", next_obs=10.0, rl_batch=512,
     pretrain_steps=16_000, steer_steps=2400, gate_steps=2400, code_steps=3200, rl_episodes=25_600, rl_lr=1e-3)
 TINY = dict(
     trajectories=64, max_steps=100, pretrain_steps=48, pretrain_batch=8, probe_steps=8, steer_steps=16,

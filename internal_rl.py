@@ -23,12 +23,11 @@ One forward pass
 
 Glossary (code name: paper symbol; where)
   e              residual stream e_{t,l} after block l; Base.lower, Base.upper, Sec. 1
-  embedding      residual stream e_{t,0} before the first block; Base.embed
-  x              what gate and encoder read, e_{t,0} or (the ant's) e_{t,l}, normalised; meta_input
+  x              e_{t,l} normalised, as gate and encoder read it; Metacontroller
   A, B           factors of a linear controller U = BᵀA/√C of rank R; linear_control, Eq. 1, 18
   history        causal history h_t; TrajectoryEncoder, Eq. 12
   summary        summary s of the whole trajectory, f_emb; TrajectoryEncoder, Eq. 13
-  mu, log_sigma  μ_t and ln √Σ_t of the proposed code z̃_t; Metacontroller, Eq. 14, 15
+  mu, CODE_STD   μ_t and √Σ_t of the proposed code z̃_t; Metacontroller, Eq. 14, 15
   beta           switch gate β_t, f_switch (1: take the proposal, 0: keep the code); Gate, Eq. 16
   z              controller code z_t ∈ R^{n_z}; integrate, Eq. 2, 17
   alpha          weight α of the KL to the prior N(0, I); follow_rate, Eq. 3, 9
@@ -109,12 +108,10 @@ class Settings:
     # differs from the paper: n_z = 4 instead of 8, because four subgoals need no more.
     n_z: int = dial(4, "dimensions Z of a code", "gates")
     mirror: bool = dial(True, "codes are decoded in a mirror image of the world", "codes")
-    # differs from the paper: on the grid e_{t,0}, because there the gate sees its cell (the ant: e_{t,l}).
-    read_embedding: bool = dial(True, "the metacontroller reads e_{t,0} instead of e_{t,l}", "gates")
     post_task: str = dial("0-1-2-3-0", "post-training task, of withheld transitions only", "rl raw")
     rl_episodes: int = dial(150_000, "episodes for internal RL, and for the baseline", "rl raw")
     rl_batch: int = dial(1024, "episodes an update", "rl raw", low=4)
-    rl_lr: float = dial(3e-3, "internal RL: learning rate where σ = 1", "rl")
+    rl_lr: float = dial(4e-3, "internal RL: peak learning rate", "rl")
     raw_lr: float = dial(1e-4, "baseline: learning rate", "raw")
     evaluation: int = dial(1024, "layouts on which success is measured", "", low=8)
 
@@ -161,8 +158,7 @@ def learning_rate(peak, step):
     cosine = 0.5 * (1 + math.cos(math.pi * step.number / step.count))
     return peak * min(1, (step.number + 1) / warm_up) * (0.02 + 0.98 * cosine)
 
-# differs from the paper: bfloat16 matrix products in stages 1 and 4, because they are faster.
-autocast = functools.partial(torch.autocast, dtype=torch.bfloat16)
+AdamW = functools.partial(torch.optim.AdamW, fused=True)
 WEIGHT_DECAY = 0.03  # of AdamW in stages 1, 3 and 4 (Tables A4 to A10)
 ROUND = 16  # batches that are drawn at once; so many steps lie between two moments at which a run may stop
 
@@ -209,7 +205,6 @@ def relative_bucket(queries, keys, window, device):
 
 class Block(nn.Module):
     """Pre-norm transformer block with a relative-position bias added to the attention logits (Table A16)."""
-    # differs from the paper: each block has its own bias, because that is simpler.
     # differs from the paper: PyTorch's initial weights, because they learn as well.
 
     def __init__(self, config):
@@ -235,8 +230,8 @@ class Block(nn.Module):
 
         bucket, hidden = relative_bucket(length, k.shape[2], self.window, x.device)
         bias = self.position_bias(bucket).permute(2, 0, 1).masked_fill(hidden, -torch.inf)  # [H, T, T'+T]
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias  # [B, H, T, T'+T]
-        attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)  # [B, T, C]
+        attended = F.scaled_dot_product_attention(q, k, v, bias)  # [B, H, T, C/H]
+        attended = attended.transpose(1, 2).reshape(batch, length, width)  # [B, T, C]
 
         x = x + self.mix(attended)
         x = x + self.down(F.relu(self.up(self.norm_2(x))))
@@ -292,13 +287,12 @@ def pretrain(run):
     config = run.config
     rng = run.begin("pretrain")
     base = Base(config).to(run.device)
-    optimizer = torch.optim.AdamW(base.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = AdamW(base.parameters(), weight_decay=WEIGHT_DECAY)
     data = ExpertData(run, config.pretrain_batch, config.noise, rng)
 
     for step in run.steps("pretrain", config.pretrain_steps, rng, optimizer, base=base):
         batch = data.batch(step)
-        with autocast(run.device.type):
-            loss, nll = pretraining_loss(config, base, batch)
+        loss, nll = pretraining_loss(config, base, batch)
         descend(loss, optimizer, learning_rate(config.pretrain_lr, step))
         step.log(loss=loss, nll=nll)
         if step.due:
@@ -335,7 +329,7 @@ def train_probe(run, base):
     config = run.config
     rng = run.begin("probe")
     probe = Probe(config).to(run.device)
-    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0)
+    optimizer = AdamW(probe.parameters(), weight_decay=0)
     data = ExpertData(run, config.discover_batch, 0.0, rng)
 
     for step in run.steps("probe", config.probe_steps, rng, optimizer, probe=probe):
@@ -378,7 +372,7 @@ def steer(run, base):
     config = run.config
     rng = run.begin("steer")
     controllers = LabelledControllers(config).to(run.device)
-    optimizer = torch.optim.AdamW(controllers.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = AdamW(controllers.parameters(), weight_decay=WEIGHT_DECAY)
     data = ExpertData(run, config.discover_batch, 0.0, rng)
 
     for step in run.steps("steer", config.steer_steps, rng, optimizer, controllers=controllers):
@@ -393,16 +387,15 @@ def steer(run, base):
 @torch.no_grad()
 def play(config, base, game, rng, intervene=None):
     """The base model acts until all B games are over, at temperature 1. → Trajectories
-    What intervene(games [n], e_{t,l} [n, C], e_{t,0} [n, C]) returns, ê, replaces e_{t,l}."""
+    What intervene(games [n], e_{t,l} [n, C]) returns, ê, replaces e_{t,l}."""
     games = game.rows  # the numbers of those that still run: [n], at first 0 … B−1
     cache = [None] * len(base.blocks)
     observations = [game.observation()]
     actions = []
     while len(games):
-        embedding = base.embed(observations[-1][games, None])  # [n, 1, C]
-        e = base.run_blocks(embedding, range(base.split), cache)
+        e = base.lower(observations[-1][games, None], cache)  # [n, 1, C]
         if intervene is not None:
-            e = intervene(games, e[:, 0], embedding[:, 0])[:, None]
+            e = intervene(games, e[:, 0])[:, None]
         drawn = config.world.sample(base.upper(e, cache)[:, 0], rng)  # [n, …]
         action = drawn.new_zeros(len(game.rows), *drawn.shape[1:])  # [B, …]
         action[games] = drawn
@@ -425,7 +418,7 @@ def with_labels(config, controllers, game):
     """Activates labelled controllers in the order of the task, by a hidden truth: the visits so far."""
     task = torch.tensor(post_task(config), device=game.rows.device)  # [V] colours
     subgoals = task // gridworld.SUBGOAL_SIZE[config.subgoals]  # [V]; pair k is colours 2k and 2k + 1
-    return lambda games, e, embedding: controllers(e, subgoals[game.visits[games]])
+    return lambda games, e: controllers(e, subgoals[game.visits[games]])
 
 # ======== Chapter 4 · discover
 # Now without labels. A metacontroller emits codes z; f_hyp turns each into a linear controller, which is held
@@ -446,23 +439,19 @@ def perceptron(inputs, outputs):
 class TrajectoryEncoder(nn.Module):
     """The encoder of the first part: μ_t from the history h_t and a summary s of the whole trajectory."""
     # differs from the paper: f_emb is a GRU instead of a Hawk stack, because one layer is enough here.
-    # differs from the paper: e_t is read only through h_t, because that is enough for gates.
-    # differs from the paper: s has read o_{T+1}, too, because that is where the last move leads.
 
     def __init__(self, config):
         super().__init__()
         self.history = nn.GRU(config.width, 32, batch_first=True)  # Eq. 12
         self.summary = nn.GRU(config.width, 32, batch_first=True)  # Eq. 13
-        self.mean = perceptron(64, config.n_z)
-        with torch.no_grad():
-            # differs from the paper: a long memory at first, because s must reach the end of an episode.
-            self.summary.bias_ih_l0[32:64] += 2
+        self.mean = perceptron(config.width + 64, config.n_z)
 
     def forward(self, x, opens, length):
         """x [B, T+1, C], open gates [B, T+1] (not read), length [B] → μ [B, T+1, Z]  (Eq. 15)"""
-        s = self.summary(x)[0][torch.arange(len(x), device=x.device), length]  # [B, 32]
+        before = F.pad(self.history(x)[0][:, :-1], (0, 0, 1, 0))  # h_{t−1}: [B, T+1, 32]
+        s = self.summary(x)[0][torch.arange(len(x), device=x.device), length - 1]  # s(e_{1:T}): [B, 32]
         s = s[:, None].expand(-1, x.shape[1], -1)  # the same at each step
-        return self.mean(torch.cat([self.history(x)[0], s], -1))
+        return self.mean(torch.cat([x, before, s], -1))
 
 def next_opening(opens, length):
     """The step at which a gate opens next after t, else `length`, the last: [B, T+1], [B] → [B, T+1]"""
@@ -493,8 +482,6 @@ class Gate(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.switch = perceptron(2 * config.width, 1)
-        # differs from the paper: gates start almost shut, because that favours codes worth holding.
-        nn.init.constant_(self.switch[-1].bias, -2)
 
     def step(self, x, before):
         """x_t, x_{t−1} [..., C] → β_t [...]"""
@@ -552,16 +539,12 @@ class Metacontroller(nn.Module):
     def code_means(self, x, opens, length):
         """x [B, T+1, C], open gates [B, T+1], length [B] → μ [B, T+1, Z]"""
         mu = self.encoder(x, opens, length)
-        # differs from the paper: mean 0 and spread 1 in a batch, because a new encoder's μ all point one way.
-        inside = torch.arange(x.shape[1], device=x.device) <= length[:, None]  # not padding
-        variance, mean = torch.var_mean(mu[inside], 0, correction=0)
-        mu = (mu - mean) / (variance + 1e-5).sqrt()
         # differs from the paper: |μ|² = Z (1 − σ²), because then the KL of each code is −Z ln σ = 3.67 nats,
         # and the price of codes is a price of openings.
         return F.normalize(mu, dim=-1) * math.sqrt(mu.shape[-1] * (1 - CODE_STD ** 2))
 
     def forward(self, x, length, rng):
-        """`meta_input` [B, T+1, C], length [B] → z [B, T+1, Z], β and gates [B, T+1], μ [B, T+1, Z]"""
+        """e_{t,l} [B, T+1, C], length [B] → z [B, T+1, Z], β and gates [B, T+1], μ [B, T+1, Z]"""
         x = self.norm(x)
         beta = self.gate(x)
         threshold = THRESHOLD
@@ -571,26 +554,18 @@ class Metacontroller(nn.Module):
         # differs from the paper: gates are 0 or 1, with gradients as if they were β, because RL's are, too.
         gates = opens.float() + beta - beta.detach()
         mu = self.code_means(x, opens, length)
-        log_sigma = torch.full_like(mu, math.log(CODE_STD))
         noise = torch.randn(mu.shape, generator=rng, device=mu.device)
-        proposal = mu + log_sigma.exp() * noise  # Eq. 14
+        proposal = mu + CODE_STD * noise  # Eq. 14
         return integrate(gates, proposal), beta, gates, mu
-
-def meta_input(config, base, observation):
-    """What the metacontroller reads: observation [B, T, D] → e_{t,0} or e_{t,l} [B, T, C]"""
-    return base.embed(observation) if config.read_embedding else base.lower(observation)
 
 def discovery_loss(config, base, meta, batch, image, rng):
     """The two parts of Eq. 3, 9, means over steps: −ln p(a_t | o_{1:t}, z_{1:t}) and the KL. Codes are
     inferred from `batch` and decoded in `image`, the same or its mirror image. → (nll, KL)"""
-    with autocast(rng.device.type):
-        x = meta_input(config, base, batch.observation).float()
-        e = base.lower(image.observation)[:, :-1].float()
-    z, _, gates, mu = meta(x, batch.length, rng)
-    with autocast(rng.device.type):
-        nll = action_loss(config, base.upper(meta.hyper(e, z[:, :-1])), image)
+    z, _, gates, _ = meta(base.lower(batch.observation), batch.length, rng)
+    e = base.lower(image.observation[:, :-1])
+    nll = action_loss(config, base.upper(meta.hyper(e, z[:, :-1])), image)
     # With hard gates the KL is due where they open: the bound of App. E.1 before its relaxation.
-    kl = 0.5 * (mu ** 2 + CODE_STD ** 2 - 2 * math.log(CODE_STD) - 1).sum(-1) * gates
+    kl = -config.n_z * math.log(CODE_STD) * gates  # Eq. 8, see `code_means`
     return nll, kl[:, :-1][batch.valid].mean()
 
 def follow_rate(alpha, nats, rate, pace):
@@ -606,7 +581,7 @@ def learn_gates(run, base):
     rng = run.begin("gates")
     norm = nn.LayerNorm(config.width)
     meta = Metacontroller(norm, Gate(config), Hypernetwork(config), TrajectoryEncoder(config)).to(run.device)
-    optimizer = torch.optim.AdamW(meta.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = AdamW(meta.parameters(), weight_decay=WEIGHT_DECAY)
     data = ExpertData(run, config.discover_batch, 0.0, rng)
 
     for step in run.steps("gates", config.gate_steps, rng, optimizer, meta=meta):
@@ -638,7 +613,7 @@ def learn_codes(run, base, gates):
     hyper = Hypernetwork(config)
     meta = Metacontroller(gates.norm, gates.gate, hyper, encoder).to(run.device)
     meta.eval()  # gates are no longer drawn
-    optimizer = torch.optim.AdamW([*hyper.parameters(), *encoder.parameters()], weight_decay=WEIGHT_DECAY)
+    optimizer = AdamW([*hyper.parameters(), *encoder.parameters()], weight_decay=WEIGHT_DECAY)
     data = ExpertData(run, config.discover_batch, 0.0, rng)
 
     for step in run.steps("codes", config.code_steps, rng, optimizer, meta=meta):
@@ -705,8 +680,8 @@ class CodeActor:
         self.mean, self.z = zeros(2, games, config.max_steps, config.n_z)
         self.count = zeros(games, dtype=torch.long)
 
-    def __call__(self, games, e, embedding):
-        x = self.meta.norm(embedding if self.config.read_embedding else e)  # `meta_input`
+    def __call__(self, games, e):
+        x = self.meta.norm(e)
         beta = self.meta.gate.step(x, self.before[games])  # Eq. 16
         self.before[games] = x
         opens = (beta > THRESHOLD) | (self.count[games] == 0)  # β_1 = 1
@@ -743,40 +718,32 @@ def reinforce(log_prob_of, old_log_prob, success, mask, optimizer, lr, rng):
     everyone = gather(success)
     advantage = (success - everyone.mean()) / (everyone.std(correction=0) + 1e-3)  # App. C.5
     loss = 0.0
-    # differs from the paper: three passes in minibatches over each batch, because rewards are rare.
-    for _ in range(3 if everyone.std(correction=0) > 0 else 0):
+    if everyone.std(correction=0) > 0:
         order = torch.randperm(len(success), generator=rng, device=success.device)
-        for rows in order.tensor_split(4):
+        for rows in order.tensor_split(4):  # minibatches
             loss = clipped_surrogate(log_prob_of(rows), old_log_prob[rows], advantage[rows], mask[rows])
             descend(loss, optimizer, lr)
     return loss
 
-def draw_pool(config, rng):
-    """Layouts for 16 batches of episodes."""
-    # differs from the paper: drawn once (there new for each episode), because that saves time.
-    n = 16 * config.rl_batch // WORLD_SIZE
-    return config.world.draw_layouts(n, config.size, config.colours, config.walls, rng)
-
-def game_from(pool, config, rng):
-    """New games on the post-training task, in layouts of the pool."""
-    rows = torch.randint(len(pool), (len(pool) // 16,), generator=rng, device=rng.device)
-    return config.world.Game(pool[rows], config.size, post_task(config), config.max_steps)
+def new_game(config, rng):
+    """Games of the post-training task, in new layouts."""
+    n = config.rl_batch // WORLD_SIZE
+    layouts = config.world.draw_layouts(n, config.size, config.colours, config.walls, rng)
+    return config.world.Game(layouts, config.size, post_task(config), config.max_steps)
 
 def internal_rl(run, base, meta):
     """Stage 5: a policy over codes is reinforced; all else is its environment (Algorithms 1-3, Fig. 8)."""
     config = run.config
     rng = run.begin("rl")
-    pool = draw_pool(config, rng)
     policy = Policy(config).to(run.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0)
-    choices = len(post_task(config)) / gridworld.SUBGOAL_SIZE[config.subgoals]  # hidden truth about the task
+    optimizer = AdamW(policy.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
 
     for step in run.steps("rl", updates, rng, optimizer, policy=policy):
-        # differs from the paper: σ (there fixed) falls from 1 to ¼ as the success of a single choice, that is
-        # success^(1/choices), rises, because codes must vary like the prior's until they earn rewards.
-        std = 1 - 0.75 * policy.success.item() ** (1 / choices)
-        game = game_from(pool, config, rng)
+        # differs from the paper: σ (there fixed) falls from 1 to ¼ as success rises, because codes must vary
+        # like the prior's until they earn rewards.
+        std = 1 - 0.75 * policy.success.item()
+        game = new_game(config, rng)
         actor = CodeActor(config, meta, policy, len(game.rows), std, rng)
         success = play(config, base, game, rng, actor).success  # [B]
         reached = gather(success).mean()
@@ -790,7 +757,8 @@ def internal_rl(run, base, meta):
             return gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]), std)
 
         old_log_prob = gaussian_log_prob(z, mean, std)
-        loss = reinforce(log_prob_of, old_log_prob, success, mask, optimizer, config.rl_lr * std, rng)
+        lr = learning_rate(config.rl_lr, step)
+        loss = reinforce(log_prob_of, old_log_prob, success, mask, optimizer, lr, rng)
         codes = actor.count.float().mean()
         step.log(episodes=(step.number + 1) * config.rl_batch, loss=loss, success=reached, codes=codes)
     return policy.requires_grad_(False).eval()
@@ -803,13 +771,12 @@ def raw_rl(run, base):
     """Token-level RL: the same update on the base model's own actions, all of θ trained (App. C.5.3)."""
     config = run.config
     rng = run.begin("raw")
-    pool = draw_pool(config, rng)
     model = copy.deepcopy(base).requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    optimizer = AdamW(model.parameters(), weight_decay=0)
     updates = math.ceil(config.rl_episodes / config.rl_batch)
 
     for step in run.steps("raw", updates, rng, optimizer, model=model):
-        played = play(config, model, game_from(pool, config, rng), rng)
+        played = play(config, model, new_game(config, rng), rng)
         reached = gather(played.success).mean()
 
         def log_prob_of(rows):
@@ -1009,7 +976,7 @@ class Run:
     def look_at_gates(self, base, meta):
         """On held-out trajectories: do gates open at new subgoals, do codes tell the subgoal?"""
         batch, training = self.held_out(), meta.training
-        e = meta_input(self.config, base, batch.observation)
+        e = base.lower(batch.observation)
         _, beta, _, mu = meta.eval()(e, batch.length, self.evaluation("proposals"))
         meta.train(training)
         scores = gate_scores(beta, batch, self.config.world.TOLERANCE)
@@ -1054,7 +1021,7 @@ def by_codes(run, base, meta):
         codes = mean + std * torch.randn(K, 32, config.n_z, generator=rng, device=run.device)
         held = codes.flatten(0, 1).repeat_interleave(n, 0)  # [K·32·n, Z]
         game = config.world.Game(layouts, config.size, tasks, config.max_steps)
-        play(config, base, game, rng, lambda games, e, embedding: meta.hyper(e, held[games]))
+        play(config, base, game, rng, lambda games, e: meta.hyper(e, held[games]))
         attained = game.success().view(K, 32, n).sum(2)  # [K, 32]
         best = attained.topk(6).indices[..., None].expand(-1, -1, config.n_z)
         elite = codes.gather(1, best)  # [K, 6, Z]
@@ -1073,7 +1040,7 @@ def composition(run, base, control):
     layouts = run.layouts(n, "score")[torch.arange(n).repeat(len(pairs))]
     game = config.world.Game(layouts, config.size, tasks, config.max_steps)
 
-    def intervene(games, e, embedding):
+    def intervene(games, e):
         reached = (game.visits[games] // size).clamp(max=1)  # the first subgoal, already?
         return control(e, order[games, reached])
 
@@ -1106,7 +1073,7 @@ def draw_gates(run, base, meta):
     config = run.config
     batch = config.world.expert_batch(config, 24, run.evaluation("gates"))
     with torch.no_grad():
-        e = meta_input(config, base, batch.observation)
+        e = base.lower(batch.observation)
         beta = meta(e, batch.length, run.evaluation("gate proposals"))[1]
     figure, axes = new_figure(8, 6, 6)
     axes[0].set_title("gate β and its threshold over the expert's hidden subgoal (background), step by step")
@@ -1152,8 +1119,8 @@ def draw_episode(run, base, meta, policy):
     actor = CodeActor(config, meta, policy, 64, 0.0, run.evaluation("codes"))
     choices = []  # so far, of all games, at each step
 
-    def watched(*now):
-        e = actor(*now)
+    def watched(games, e):
+        e = actor(games, e)
         choices.append(actor.count.tolist())
         return e
 

@@ -18,7 +18,7 @@ import gridworld
 import internal_rl as rl
 from studies.rivals import learn
 
-METHOD = "--control-layer=0 --rank=16 --n-z=8 --no-read-embedding --no-mirror --stage=rl".split()
+METHOD = "--control-layer=0 --rank=16 --n-z=8 --no-mirror --stage=rl".split()
 PAPER = dict(  # its 64,000 steps of discovery are the sum of gate_steps and code_steps
     size=7, colours=8, walls=4, max_steps=100, subgoals="pairs", post_task="0-1-2-3-4-5-6-7-0-1-2-3",
     width=256, layers=6, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, next_obs=0.01,
@@ -61,7 +61,7 @@ def discover(run, base, alpha):
     return learn(run, base, Metacontroller(run.config).to(run.device), alpha, rng)
 
 class Actor(rl.CodeActor):
-    def __call__(self, games, e, embedding):
+    def __call__(self, games, e):
         """Acts with β_t > ½. `before`, what the main script's gate saw last, holds h_{t−1} here."""
         h = self.before[games, :32]
         beta = self.meta.gate(torch.cat([e, h, self.code[games]], -1))[:, 0]

@@ -58,7 +58,7 @@ class SegmentEncoder(rl.TrajectoryEncoder):
     def forward(self, x, opens, length):
         h, _ = self.history(x)  # [B, T+1, 32]
         end = rl.next_opening(opens, length)[..., None].expand_as(h)
-        return self.mean(torch.cat([h, h.gather(1, end)], -1))
+        return self.mean(torch.cat([x, h, h.gather(1, end)], -1))
 
 RIVALS = {  # name: legend, gate, metacontroller, encoder, what it returns (2: μ and ln σ)
     "forced": ("a new code at every step", AlwaysOpen, FreeCodes, rl.TrajectoryEncoder, 2),

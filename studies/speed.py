@@ -31,7 +31,7 @@ def main(arguments=None):
             cache = [None] * config.layers
             actor = rl.CodeActor(config, meta, policy, 64, 1.0, run.evaluation("codes"))
         e = base.lower(game.observation()[:, None], cache)[:, 0]
-        base.upper(actor(game.rows, e, e)[:, None], cache)
+        base.upper(actor(game.rows, e)[:, None], cache)
 
 if __name__ == "__main__":
     main()
