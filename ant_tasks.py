@@ -513,7 +513,6 @@ def sample(out, generator):
 
 # ------------------------------------------------------------------- what else internal_rl.py asks of a world
 
-# differs from the paper: control after block 1 of 4, because labelled controllers get .71, in the middle .52.
 QUICK = dict(
     size=4, max_steps=500, noise=0.1, post_task="0-1-2-3", next_obs=10.0, rl_batch=512,
     pretrain_steps=16_000, steer_steps=2400, gate_steps=2400, code_steps=3200, rl_episodes=25_600, rl_lr=1e-3)

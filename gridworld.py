@@ -338,7 +338,7 @@ PRESETS = {  # settings of internal_rl.py that differ from its defaults
     # The paper's kind of subgoal, a pair of colours, on a smaller grid; eight visits.
     "pairs": dict(
         size=6, colours=8, subgoals="pairs", max_steps=100, post_task="0-1-2-3-4-5-6-7", rate=0.46,
-        rl_episodes=100_000),
+        pretrain_steps=6400, gate_steps=1600, code_steps=3200),
 }
 SYMMETRIES = 8  # images of a world, see `mirror`
 RAW = "token-level"  # what RL on the model's own actions is called

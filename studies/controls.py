@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import internal_rl as rl
-from studies.rivals import again, curve, draw
+from studies.rivals import again, curve, draw, finished
 
 def gates(run):
     """Two gates that anybody could build, and two ways to play that learn nothing."""
@@ -68,14 +68,12 @@ def tokens(temperature, cold, run, base, reinforce=rl.raw_rl):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.controls", allow_abbrev=False)
-    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=Path, help="a finished run")
+    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=finished, help="a finished run")
     parser.add_argument("--only", default="gates,codes,tokens,bias", help="these controls")
     parser.add_argument("--out", default="runs/controls-s0", type=Path, help="folder of this study")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1, 2, 3, 5, 0])
     parser.add_argument("--rates", nargs="+", default=["1e-4", "1e-3"], help="of RL on tokens")
     study, settings = parser.parse_known_args(arguments)
-    if not (study.base / "result.json").exists():
-        rl.refuse(f"--base {study.base} is no finished run")
     study.out.mkdir(parents=True, exist_ok=True)
     rows, curves = {}, {"internal RL": curve(study.base, "rl")}
 

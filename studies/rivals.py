@@ -37,7 +37,7 @@ class FreeCodes(rl.Metacontroller):
         x = self.norm(x)
         beta = self.gate(x)
         opens, gates, price = self.open_gates(beta, rng)
-        mu, log_sigma = self.encoder(x, opens, length).chunk(2, -1)
+        mu, log_sigma = self.encoder(x, opens.float(), length).chunk(2, -1)
         noise = torch.randn(mu.shape, generator=rng, device=mu.device)
         kl = 0.5 * (mu ** 2 + (2 * log_sigma).exp() - 2 * log_sigma - 1).sum(-1)
         self.cost = gates * kl + price  # of this batch, in nats [B, T+1]
@@ -55,10 +55,9 @@ class CompILE(FreeCodes):
 
 class SegmentEncoder(rl.TrajectoryEncoder):
     """CompILE's encoder: a code from the states of a recurrent layer where its segment begins and ends."""
-    def forward(self, x, opens, length):
+    def forward(self, x, gates, length):
         h, _ = self.history(x)  # [B, T+1, 32]
-        end = rl.next_opening(opens, length)[..., None].expand_as(h)
-        return self.mean(torch.cat([x, h, h.gather(1, end)], -1))
+        return self.mean(torch.cat([x, h, rl.at_segment_end(gates, h, length)], -1))
 
 RIVALS = {  # name: legend, gate, metacontroller, encoder, what it returns (2: μ and ln σ)
     "forced": ("a new code at every step", AlwaysOpen, FreeCodes, rl.TrajectoryEncoder, 2),
@@ -105,6 +104,12 @@ def curve(folder, stage):
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     return [[line["episodes"], line["success"]] for line in lines if line["stage"] == stage]
 
+def finished(folder):
+    """The folder of a finished run; another one is refused."""
+    if not (Path(folder) / "result.json").exists():
+        rl.refuse(f"--base {folder} is no finished run")
+    return Path(folder)
+
 def again(base, stages, folder, arguments, **changes):
     """The main script, perhaps changed, goes on from finished stages in another folder. → its numbers"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +128,11 @@ def draw(curves, path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.rivals", allow_abbrev=False)
-    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=Path, help="a finished run")
+    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=finished, help="a finished run")
     parser.add_argument("--only", default="forced,cotrain,compile", help="these rivals")
     parser.add_argument("--out", default="runs/rivals-s0", type=Path, help="folder of this study")
     parser.add_argument("--alpha", type=float, default=0.03, help="price of codes")
     study, settings = parser.parse_known_args(arguments)
-    if not (study.base / "result.json").exists():
-        rl.refuse(f"--base {study.base} is no finished run")
     result = json.loads((study.base / "result.json").read_text())
     rows = {"ours": (result["internal_success"], curve(study.base, "rl")),
             "RL on the model's own actions": (result["raw_success"], curve(study.base, "raw"))}

@@ -9,11 +9,11 @@ import argparse
 import copy
 import json
 import math
-from pathlib import Path
 
 import torch
 import gridworld
 import internal_rl as rl
+from studies.rivals import finished
 
 def gradient_noise(learner, log_prob_of, success):
     """→ variance of an episode's gradient, mean over parameters; number of episodes whose mean gradient has a
@@ -34,10 +34,8 @@ def gradient_noise(learner, log_prob_of, success):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("studies.variance", allow_abbrev=False)
-    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=Path, help="a finished run")
+    parser.add_argument("--base", default="runs/gridworld-quick-s0", type=finished, help="a finished run")
     study, _ = parser.parse_known_args(arguments)
-    if not (study.base / "result.json").exists():
-        rl.refuse(f"--base {study.base} is no finished run")
     config = rl.Settings(**json.loads((study.base / "config.json").read_text()))
     run = rl.Run(config, study.base, "cpu")
     run.open()
@@ -63,7 +61,7 @@ def main(arguments=None):
                     return (config.world.log_prob(out, played.action[rows]) * played.valid[rows]).sum(1)
                 mean = policy.replay(actor.e[rows], actor.count[rows])  # [n, S, Z]
                 made = torch.arange(mean.shape[1], device=run.device) < actor.count[rows, None]
-                return (rl.gaussian_log_prob(actor.z[rows], mean, 1.0) * made).sum(1)
+                return (rl.gaussian_log_prob(actor.z[rows], mean) * made).sum(1)
 
             results[name].append(gradient_noise(learner, log_prob_of, played.success))
         for axis, values, text in zip(axes, zip(*results[name]), ("gradient's variance", "episodes needed")):
