@@ -4,8 +4,8 @@
 
 Three changes to the first part of stage 4: a code is inferred from where the next gate opens, by Eq. 2 run
 backwards; it is decoded in a mirror image from the first step on; α rests. The second part and internal RL
-follow as usual. The base is a finished run; settings of internal_rl.py may follow, those of the base. On single
-colours it works, on pairs and on the ant nothing takes off. Only scores know hidden truth.
+follow as usual. The base is a finished run; settings of internal_rl.py may follow, those of the base. On
+single colours it works, on pairs and on the ant nothing takes off. Only scores know hidden truth.
 """
 import argparse
 from pathlib import Path
