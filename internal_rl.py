@@ -110,7 +110,7 @@ class Settings:
     post_task: str = dial("0-1-2-3-0", "post-training task, of withheld transitions only", "rl raw")
     rl_episodes: int = dial(81_920, "episodes for internal RL, and for the baseline", "rl raw")
     rl_batch: int = dial(1024, "episodes an update", "rl raw", low=4)
-    rl_lr: float = dial(4e-3, "internal RL: peak learning rate", "rl")
+    rl_lr: float = dial(3e-3, "internal RL: peak learning rate", "rl")
     raw_lr: float = dial(1e-4, "baseline: learning rate", "raw")
     evaluation: int = dial(1024, "layouts on which success is measured", "", low=8)
 
@@ -629,8 +629,6 @@ def learn_codes(run, base, gates):
 # Base model, gate and f_hyp are frozen; to the policy they are part of the environment.
 # You should see `success` leave zero after 6 to 40 thousand episodes.
 
-POLICY_STD = 1.0  # σ of the policy, that of the prior over codes
-
 class Policy(nn.Module):
     """π(z | e at the switches so far): a Gaussian whose mean a recurrent layer makes (App. D.3)."""
     # differs from the paper: a GRU that reads a normalised e instead of a Hawk layer, because one is enough.
@@ -643,6 +641,7 @@ class Policy(nn.Module):
         self.mean = nn.Linear(config.width, config.n_z)
         nn.init.normal_(self.mean.weight, std=0.01)
         nn.init.zeros_(self.mean.bias)
+        self.register_buffer("success", torch.zeros(()))  # averaged over recent updates
 
     def forward(self, e, memory):
         """One choice: e [n, C] where gates open, memory [1, n, C] → (mean [n, Z], memory)"""
@@ -696,9 +695,9 @@ class CodeActor:
         self.count[games] += 1
         return z
 
-def gaussian_log_prob(z, mean):
-    """ln π(z), summed over the code's dimensions: [..., Z] → [...]"""
-    return torch.distributions.Normal(mean, POLICY_STD).log_prob(z).sum(-1)
+def gaussian_log_prob(z, mean, std):
+    """ln N(z; mean, std² I), summed over the code's dimensions: [..., Z] → [...]"""
+    return torch.distributions.Normal(mean, std).log_prob(z).sum(-1)
 
 def clipped_surrogate(log_prob, old_log_prob, advantage, mask, clip=0.5):
     """PPO's clipped objective summed over an episode's choices (Eq. 10), as a loss: [B, S], [B] → scalar"""
@@ -708,15 +707,15 @@ def clipped_surrogate(log_prob, old_log_prob, advantage, mask, clip=0.5):
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -(gain * mask).sum(1).mean()
 
-def reinforce(log_prob_of, old_log_prob, success, mask, optimizer, lr, rng, minibatches=1):
+def reinforce(log_prob_of, old_log_prob, success, mask, optimizer, lr, rng):
     """Updates the parameters behind log_prob_of(rows) [n, S], by episodes with success [B] and a mask [B, S]
-    of their choices, in four passes, unless all end alike. → the last loss"""
+    of their choices, in three passes, unless all end alike. → the last loss"""
     everyone = gather(success)
     advantage = (success - everyone.mean()) / (everyone.std(correction=0) + 1e-3)  # App. C.5
     loss = 0.0
-    for _ in range(4 if everyone.std(correction=0) > 0 else 0):
+    for _ in range(3 if everyone.std(correction=0) > 0 else 0):
         order = torch.randperm(len(success), generator=rng, device=success.device)
-        for rows in order.tensor_split(minibatches):
+        for rows in order.tensor_split(4):  # minibatches
             loss = clipped_surrogate(log_prob_of(rows), old_log_prob[rows], advantage[rows], mask[rows])
             descend(loss, optimizer, lr)
     return loss
@@ -736,19 +735,22 @@ def internal_rl(run, base, meta):
     updates = math.ceil(config.rl_episodes / config.rl_batch)
 
     for step in run.steps("rl", updates, rng, optimizer, policy=policy):
+        # differs from the paper: σ (there fixed) falls from 1 to ¼ with success, because at 1 it ends lower.
+        std = 1 - 0.75 * policy.success.item()
         game = new_game(config, rng)
-        actor = CodeActor(config, meta, policy, len(game.rows), POLICY_STD, rng)
+        actor = CodeActor(config, meta, policy, len(game.rows), std, rng)
         success = play(config, base, game, rng, actor).success  # [B]
         reached = gather(success).mean()
+        policy.success.lerp_(reached, 0.1)
 
         switches = int(actor.count.max())
         e, mean, z = actor.e[:, :switches], actor.mean[:, :switches], actor.z[:, :switches]  # [B, S, …]
         mask = torch.arange(switches, device=e.device) < actor.count[:, None]
 
         def log_prob_of(rows):
-            return gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]))
+            return gaussian_log_prob(z[rows], policy.replay(e[rows], actor.count[rows]), std)
 
-        old_log_prob = gaussian_log_prob(z, mean)
+        old_log_prob = gaussian_log_prob(z, mean, std)
         lr = learning_rate(config.rl_lr, step)
         loss = reinforce(log_prob_of, old_log_prob, success, mask, optimizer, lr, rng)
         codes = actor.count.float().mean()
@@ -779,7 +781,7 @@ def raw_rl(run, base):
             with torch.no_grad():
                 old_log_prob = log_prob_of(slice(None))
         loss = reinforce(log_prob_of, old_log_prob, played.success, played.valid, optimizer, config.raw_lr,
-                         rng, minibatches=8)  # for memory
+                         rng)
         step.log(episodes=(step.number + 1) * config.rl_batch, loss=loss, success=reached)
     return model.requires_grad_(False).eval()
 

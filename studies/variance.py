@@ -61,7 +61,7 @@ def main(arguments=None):
                     return (config.world.log_prob(out, played.action[rows]) * played.valid[rows]).sum(1)
                 mean = policy.replay(actor.e[rows], actor.count[rows])  # [n, S, Z]
                 made = torch.arange(mean.shape[1], device=run.device) < actor.count[rows, None]
-                return (rl.gaussian_log_prob(actor.z[rows], mean) * made).sum(1)
+                return (rl.gaussian_log_prob(actor.z[rows], mean, 1.0) * made).sum(1)
 
             results[name].append(gradient_noise(learner, log_prob_of, played.success))
         for axis, values, text in zip(axes, zip(*results[name]), ("gradient's variance", "episodes needed")):
