@@ -526,7 +526,7 @@ HELD_OUT = 256  # held-out trajectories that are measured
 EVALUATIONS_A_LAYOUT = 64  # a code is tried in one layout for each 64 on which success is measured
 TOLERANCE = 3  # how many steps a gate may be off
 FILM = (4, 10)  # a picture every so many steps, pictures a second
-EXPECT = dict(  # medians of seeds 316 to 320, see the README
+EXPECT = dict(  # medians of seeds 316 to 320 by an earlier version, see the README
     gap="2.1", base_success="0", steer_success="0.65", gate_precision="1", gate_recall="0.98",
     goal_accuracy="0.99", withheld="0.86", internal_success="0.55", raw_success="0")
 BURSTS = 0.01  # the probability a step that a push of the expert begins, in training data
