@@ -452,7 +452,7 @@ class TrajectoryEncoder(nn.Module):
 def integrate(gates, proposal):
     """z_t = β_t z̃_t + (1−β_t) z_{t−1}, from z_1 = z̃_1 on (Eq. 2, 17): [B, T], [B, T, Z] → z [B, T, Z]
     A loop over t, but in log₂ T rounds: after each, z_t = z[t] + kept[t] · z_{t−steps}."""
-    gates = F.pad(gates[:, 1:], (1, 0), value=1)[..., None]
+    gates = F.pad(gates[:, 1:], (1, 0), value=1)[..., None]  # [B, T, 1]
     z = gates * proposal
     kept = 1 - gates
     steps = 1
